@@ -1,0 +1,52 @@
+"""What both training recipes share: resumable state on disk, the device, and images as tensors."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def device() -> torch.device:
+    """CUDA where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` under a temporary name and rename it: an interruption never leaves half a checkpoint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    torch.save(state, unfinished)
+    unfinished.replace(path)
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """The saved state, or None where training has not begun."""
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def to_tensor(images: list[Image.Image]) -> torch.Tensor:
+    """RGB pictures to a float tensor [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def grid(images: torch.Tensor, columns: int) -> Image.Image:
+    """[B, 3, H, W] in [-1, 1] to one picture."""
+    array = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    height, width = array.shape[1:3]
+    sheet = Image.new("RGB", (columns * width, -(-len(array) // columns) * height))
+    for index, picture in enumerate(array):
+        sheet.paste(Image.fromarray(picture), (index % columns * width, index // columns * height))
+    return sheet
+
+
+def save_folder(write: Callable[[Path], Any], folder: Path) -> None:
+    """Let `write` fill a temporary folder, then put it in the place of `folder`."""
+    unfinished = folder.with_name(folder.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)

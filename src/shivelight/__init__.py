@@ -1,0 +1,50 @@
+"""Shivelight makes Diffusion Transformers compute only where it matters."""
+
+from shivelight.adapter import (
+    attach,
+    branch,
+    current_schedule,
+    dense,
+    detach,
+    planned_ratio,
+    set_budget,
+    summary,
+)
+from shivelight.adapter_files import load_adapter, push_to_hub, save_adapter
+from shivelight.backbones import BackboneSpec, register_backbone
+from shivelight.config import DeltaConfig, RoutingConfig, TokenRouting
+from shivelight.errors import (
+    AdapterError,
+    BudgetError,
+    DataError,
+    ShivelightError,
+    TrainingError,
+    UnsupportedBackboneError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "BackboneSpec",
+    "BudgetError",
+    "DataError",
+    "DeltaConfig",
+    "RoutingConfig",
+    "ShivelightError",
+    "TokenRouting",
+    "TrainingError",
+    "UnsupportedBackboneError",
+    "attach",
+    "branch",
+    "current_schedule",
+    "dense",
+    "detach",
+    "load_adapter",
+    "planned_ratio",
+    "push_to_hub",
+    "register_backbone",
+    "save_adapter",
+    "set_budget",
+    "summary",
+]

@@ -1,0 +1,277 @@
+"""The verbs: attach and detach, budgets, summaries, and adapters on disk."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry
+from torch import nn
+
+from shivelight.backbones import BackboneSpec, find_spec
+from shivelight.config import RoutingConfig
+from shivelight.errors import AdapterError, BudgetError, UnsupportedBackboneError
+from shivelight.execution.context import GRID, Branch
+from shivelight.execution.hook import BlockHook, EmbeddingHook, RootHook
+from shivelight.execution.planning import Budget
+from shivelight.execution.routed import NAME, Routed
+from shivelight.routing import Schedule
+
+
+def attach(model: Any, config: RoutingConfig | None = None) -> Any:
+    """Route a backbone. A fresh adapter runs everything until `set_budget`: bit-identical to the dense model.
+
+    Args:
+        model: a diffusers pipeline (guidance and steps are then known), or its transformer.
+        config: what to attach; token routing by default. Attaching again replaces what was attached.
+
+    Returns:
+        `model`, changed in place.
+
+    Raises:
+        UnsupportedBackboneError: the class is unknown, or set up in a way that cannot be routed.
+    """
+    backbone, pipeline = _backbone_of(model)
+    config = config or RoutingConfig()
+    spec = find_spec(backbone)
+    _refuse_unsupported(backbone)
+    if routed_of(backbone, missing_ok=True) is not None:
+        detach(backbone)
+    routed = Routed(backbone, spec, config, pipeline)
+    backbone.add_module(NAME, routed)
+    _register_hooks(backbone, routed, spec)
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Take everything off again: weights, hooks and keys are exactly as before. Harmless where nothing is attached."""
+    backbone, _ = _backbone_of(model)
+    routed = routed_of(backbone, missing_ok=True)
+    if routed is None:
+        return model
+    routed.enable(False)
+    registry = HookRegistry.check_if_exists_or_initialize(backbone)
+    registry.remove_hook(NAME, recurse=True)
+    for handle in routed.handles:
+        handle.remove()
+    if backbone.__dict__.get("_reset_stateful_cache") is routed.reset_function:
+        del backbone._reset_stateful_cache
+    delattr(backbone, NAME)
+    registry.invalidate_child_registries_cache()
+    _drop_empty_registries(backbone)
+    return model
+
+
+@contextmanager
+def dense(model: Any) -> Iterator[Any]:
+    """The untouched model for a while: routing and deltas off, bit for bit."""
+    with routed_of(model).switched(False):
+        yield model
+
+
+@contextmanager
+def branch(model: Any, name: Branch) -> Iterator[Any]:
+    """Say which guidance branch the passes in this block belong to, in a sampling loop of your own.
+
+    Args:
+        model: an attached pipeline or transformer.
+        name: "both" for a batch of [unconditional; conditional] halves; "cond", then "uncond", for separate calls (the
+            unconditional one reuses the conditional one's choices); "single" for independent samples (the default).
+    """
+    with routed_of(model).clock.forced(name):
+        yield model
+
+
+def set_budget(model: Any, *, keep: float | None = None, compute: float | None = None) -> Any:
+    """Bound what every generation from now on may cost; no retraining.
+
+    Args:
+        model: an attached pipeline or transformer.
+        keep: mean token keep ratio over steps and routed blocks, in (0, 1]; 1.0 runs everything.
+        compute: mean share of the dense blocks' FLOPs, in (0, 1].
+
+    Raises:
+        BudgetError: not exactly one of the two, out of range, or not reachable; the message says the nearest that is.
+    """
+    if (keep is None) == (compute is None):
+        raise BudgetError("Give exactly one of keep= and compute=, for example set_budget(model, keep=0.6).")
+    routed = routed_of(model)
+    budget = Budget("keep", keep) if keep is not None else Budget("compute", compute)  # type: ignore[arg-type]
+    if routed.config.tokens is None and not budget.everything:
+        raise BudgetError("The attached adapter has no token routing, so it always runs everything: keep=1.0.", nearest=1.0)
+    if routed.config.tokens is not None:
+        routed.schedule((500.0,), *routed.shape, budget=budget)  # raises if it cannot be reached
+    routed.budget = budget
+    return model
+
+
+def current_schedule(model: Any, steps: int | None = None) -> Schedule:
+    """The integers that a generation follows: kept tokens per step and routed block.
+
+    Args:
+        model: an attached pipeline or transformer with token routing.
+        steps: number of sampling steps; the scheduler's current timesteps (else the 1000-point grid) by default.
+    """
+    routed = routed_of(model)
+    if routed.config.tokens is None:
+        raise BudgetError("The attached adapter has no token routing, so there is no schedule.")
+    scheduler = getattr(routed.clock.pipeline, "scheduler", None)
+    if steps is not None:
+        if scheduler is None:
+            raise BudgetError("A bare transformer has no sampling steps; attach to the pipeline, or leave `steps` out.")
+        probe = type(scheduler).from_config(scheduler.config)
+        probe.set_timesteps(steps)
+        times = tuple(float(t) for t in probe.timesteps.tolist())
+    elif scheduler is not None and getattr(scheduler, "num_inference_steps", None) is not None:
+        times = tuple(float(t) for t in scheduler.timesteps.tolist())
+    else:
+        times = GRID
+    return routed.schedule(times, *routed.shape)
+
+
+def planned_ratio(model: Any, steps: int | None = None) -> float:
+    """Planned FLOPs of the current schedule over those of the dense blocks."""
+    routed = routed_of(model)
+    if routed.config.tokens is None:
+        return 1.0
+    return routed.planner.planned_ratio(current_schedule(model, steps), routed.shape[1])
+
+
+def summary(model: Any) -> str:
+    """What is attached, how large it is, and what it is expected to cost."""
+    backbone, _ = _backbone_of(model)
+    routed = routed_of(backbone)
+    own = sum(p.numel() for p in routed.parameters()) + sum(
+        t.numel() for delta in routed.deltas.values() for t in (delta.down, delta.up, delta.magnitude)
+    )
+    whole = sum(p.numel() for p in backbone.parameters()) - sum(p.numel() for p in routed.parameters())
+    lines = [
+        f"{type(backbone).__name__} ({routed.spec.name}), {len(routed.planner.costs)} blocks, {whole / 1e6:.1f} M parameters",
+        f"adapter: {own / 1e6:.3f} M parameters ({100 * own / whole:.2f}% of the backbone), "
+        f"{len(routed.deltas)} linears with DoRA deltas",
+    ]
+    if routed.config.tokens is None:
+        return "\n".join([*lines, "no token routing: every token runs in every block"])
+    tokens = routed.config.tokens
+    lines += [
+        f"routed blocks: {routed.routed[0]} to {routed.routed[-1]}; scores {tokens.scores}, ratios {tokens.ratios}, "
+        f"guidance {tokens.cfg_scores}",
+        f"budget: {routed.budget.kind} = {routed.budget.value}",
+        f"planned FLOPs: {planned_ratio(backbone):.4f} of dense, at {routed.shape[0]} image and {routed.shape[1]} text tokens",
+        f"schedule: {current_schedule(backbone)}",
+    ]
+    return "\n".join(lines)
+
+
+def routed_of(model: Any, missing_ok: bool = False) -> Any:
+    """The `Routed` state of an attached pipeline or transformer; AdapterError (or None) where nothing is attached."""
+    backbone, _ = _backbone_of(model)
+    routed = getattr(backbone, NAME, None)
+    if routed is None and not missing_ok:
+        raise AdapterError(
+            f"Nothing is attached to this {type(backbone).__name__}; call shivelight.attach(model) or load_adapter first."
+        )
+    return routed
+
+
+def backbone_of(model: Any) -> nn.Module:
+    """The transformer of a pipeline, or the module itself."""
+    return _backbone_of(model)[0]
+
+
+def _backbone_of(model: Any) -> tuple[nn.Module, Any | None]:
+    if isinstance(model, DiffusionPipeline):
+        backbone = getattr(model, "transformer", None)
+        if not isinstance(backbone, nn.Module):
+            raise UnsupportedBackboneError(
+                f"{type(model).__name__} has no `transformer`: only Diffusion Transformers can be routed, not UNets."
+            )
+        if isinstance(getattr(model, "transformer_2", None), nn.Module):
+            raise UnsupportedBackboneError(
+                f"{type(model).__name__} has two transformers; attach to each of them by itself (model.transformer, "
+                "model.transformer_2)."
+            )
+        return _unwrapped(backbone), model
+    if isinstance(model, nn.Module):
+        return _unwrapped(model), None
+    raise UnsupportedBackboneError(
+        f"Expected a diffusers pipeline or its transformer, got {type(model).__module__}.{type(model).__qualname__}."
+    )
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """torch.compile's wrapper taken off."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _refuse_unsupported(backbone: nn.Module) -> None:
+    parallel = getattr(backbone, "_parallel_config", None)
+    if parallel is not None and getattr(parallel, "context_parallel_config", None) is not None:
+        raise UnsupportedBackboneError(
+            "Context parallelism shards the sequence before the blocks, so a top-k would be local to each rank. Disable it "
+            "to use Shivelight."
+        )
+    registry = getattr(backbone, "_diffusers_hook", None)
+    owner = getattr(registry, "_module_ref", backbone)
+    if owner is not backbone:
+        raise UnsupportedBackboneError(
+            "This model is a deep copy of a hooked one: its hooks would run the original's weights. Copy before attaching "
+            "hooks, or load it anew."
+        )
+
+
+def _register_hooks(backbone: nn.Module, routed: Routed, spec: BackboneSpec) -> None:
+    _listen(backbone, routed, spec.timestep_embedding, "time_embedding")
+    if spec.condition_embedding is not None:
+        _listen(backbone, routed, spec.condition_embedding, "condition")
+    blocks = spec.block_list(backbone)
+    for index in routed.routed:
+        HookRegistry.check_if_exists_or_initialize(blocks[index]).register_hook(BlockHook(routed, index), NAME)
+    registry = HookRegistry.check_if_exists_or_initialize(backbone)
+    registry.register_hook(RootHook(routed), NAME)
+    registry.invalidate_child_registries_cache()
+    if not hasattr(backbone, "_reset_stateful_cache"):
+        # pipe.maybe_free_model_hooks() calls this at the end of a generation, where it exists.
+        backbone._reset_stateful_cache = routed.reset_function = lambda: registry.reset_stateful_hooks(recurse=True)
+    routed.handles = [
+        backbone.register_state_dict_post_hook(_dense_state_dict),
+        backbone.register_load_state_dict_post_hook(_forgive_missing),
+    ]
+
+
+def _listen(backbone: nn.Module, routed: Routed, path: str, field: str) -> None:
+    try:
+        module = backbone.get_submodule(path)
+    except AttributeError as error:
+        raise UnsupportedBackboneError(
+            f"{type(backbone).__name__} has no {path!r}, which its spec {routed.spec.name!r} names; correct the spec."
+        ) from error
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(EmbeddingHook(routed, field), NAME)
+
+
+def _dense_state_dict(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    """The backbone's own save_pretrained writes its own weights: no routers, no folded deltas."""
+    for key in [key for key in state if key.startswith(f"{prefix}{NAME}.")]:
+        del state[key]
+    routed = getattr(module, NAME, None)
+    if routed is not None and routed.folded is not None:
+        for name, weight in routed.folded.originals().items():
+            for key in (f"{prefix}{name}.weight", f"{prefix}{name}.base_layer.weight"):
+                if key in state:
+                    state[key] = weight
+
+
+def _forgive_missing(module: nn.Module, incompatible: Any) -> None:
+    """A dense state dict loads into an attached backbone: our parameters are not part of it."""
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not k.startswith(f"{NAME}.")]
+
+
+def _drop_empty_registries(backbone: nn.Module) -> None:
+    for module in backbone.modules():
+        registry = module.__dict__.get("_diffusers_hook")
+        if registry is not None and not registry.hooks:
+            del module._diffusers_hook
+            # The registry leaves a bound copy of the class's forward on the instance.
+            forward = module.__dict__.get("forward")
+            if forward is not None and getattr(forward, "__func__", None) is type(module).forward:
+                del module.forward

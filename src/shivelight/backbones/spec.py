@@ -1,0 +1,114 @@
+"""The description of a DiT family, and the registry that finds the one a model belongs to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from shivelight.errors import UnsupportedBackboneError
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Which of a block's linear layers work on what: patterns (fnmatch) of names relative to the block.
+
+    Attributes:
+        image: applied to every image token.
+        text: applied to every text token.
+        sample: applied once per sample (modulation).
+        joint_attention: attention modules in which image and text tokens attend to each other.
+        image_attention: attention modules among the image tokens alone.
+    """
+
+    image: tuple[str, ...]
+    text: tuple[str, ...] = ()
+    sample: tuple[str, ...] = ()
+    joint_attention: tuple[str, ...] = ()
+    image_attention: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Data that lets routing run on a family without copying its forward.
+
+    Attributes:
+        name: short name of the family, stored in adapters.
+        classes: class names of the models it fits (any class of a model's MRO counts).
+        blocks: attribute path of the ModuleList of blocks.
+        block_arguments: names of the block's forward parameters, in order.
+        image_argument: the one that holds the image tokens [B, N, D].
+        token_arguments: further ones whose dimension 1 follows the image tokens and must be gathered along.
+        returns: what the block returns, in order; ("image",) means the bare tensor.
+        timestep_embedding: path of the module whose output [B, T] embeds the timestep.
+        condition_embedding: path of the module whose output [B, C] embeds the pooled condition, or None.
+        timestep_argument: name of the backbone's forward parameter that holds the timesteps.
+        model_arguments: names of the backbone's forward parameters, in order.
+        streams: where the block's work is done, for `cost.py`.
+        delta_targets: regular expression (full match, names relative to the backbone) of the linears that DoRA tunes.
+        text_argument: the block argument that holds the text tokens [B, M, D], or None.
+        timestep_scale: what the backbone's timestep is multiplied by to run from 0 to 1000.
+        widths: model -> (token width D, width of the timestep embedding, of the condition embedding or None).
+        default_shape: model -> (image tokens, text tokens) of its native resolution, for summaries before the first run.
+        guidance: how the family's pipelines run classifier-free guidance: in one batch (unconditional half first), as
+            separate calls, or never.
+        first_routed: blocks before this index are never pruned.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    blocks: str
+    block_arguments: tuple[str, ...]
+    image_argument: str
+    returns: tuple[str, ...]
+    timestep_embedding: str
+    timestep_argument: str
+    model_arguments: tuple[str, ...]
+    streams: Streams
+    delta_targets: str
+    widths: Callable[[nn.Module], tuple[int, int, int | None]]
+    default_shape: Callable[[nn.Module], tuple[int, int]]
+    text_argument: str | None = None
+    timestep_scale: float = 1.0
+    token_arguments: tuple[str, ...] = ()
+    condition_embedding: str | None = None
+    guidance: Literal["batched", "separate", "none"] = "none"
+    first_routed: int = 1
+
+    def block_list(self, model: nn.Module) -> nn.ModuleList:
+        """The blocks of a model of this family."""
+        try:
+            blocks = model.get_submodule(self.blocks)
+        except AttributeError as error:
+            raise UnsupportedBackboneError(
+                f"{type(model).__name__} has no {self.blocks!r}, where the spec {self.name!r} expects the blocks."
+            ) from error
+        if not isinstance(blocks, nn.ModuleList) or len(blocks) <= self.first_routed:
+            raise UnsupportedBackboneError(
+                f"{type(model).__name__}.{self.blocks} has {len(list(blocks.children()))} blocks; routing never prunes "
+                f"the first {self.first_routed}, so there would be none to route."
+            )
+        return blocks
+
+
+_REGISTRY: dict[str, BackboneSpec] = {}
+
+
+def register_backbone(spec: BackboneSpec) -> None:
+    """Make a family known; a later spec for the same class name replaces the earlier one."""
+    if not spec.classes:
+        raise UnsupportedBackboneError(f"The spec {spec.name!r} names no class; fill in `classes`.")
+    for name in spec.classes:
+        _REGISTRY[name] = spec
+
+
+def find_spec(model: nn.Module) -> BackboneSpec:
+    """The spec of a model, by the class names of its MRO; `UnsupportedBackboneError` where there is none."""
+    for cls in type(model).__mro__:
+        if spec := _REGISTRY.get(cls.__name__):
+            return spec
+    raise UnsupportedBackboneError(
+        f"Shivelight does not know the backbone {type(model).__module__}.{type(model).__qualname__}. Known: "
+        f"{', '.join(sorted(_REGISTRY))}. Describe it in a BackboneSpec (see shivelight/backbones/sd3.py for one of 40 "
+        "lines) and call shivelight.register_backbone(spec)."
+    )

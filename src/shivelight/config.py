@@ -1,0 +1,123 @@
+"""What is attached to a backbone: plain, validated dataclasses with a JSON round trip."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from shivelight.errors import AdapterError
+
+FORMAT_VERSION = 1
+
+
+def _require(valid: bool, message: str) -> None:
+    if not valid:
+        raise AdapterError(message)
+
+
+@dataclass(frozen=True)
+class TokenRouting:
+    """Which tokens enter each block (Shiva-DiT).
+
+    Attributes:
+        bottleneck: width of the router's hidden layer.
+        share: how many adjacent blocks share one router; 2 in the paper.
+        policy_width: width of both branches of the ratio policy.
+        initial_keep: keep ratio at which a fresh policy starts while training, in (0, 1).
+        scores: "learned" ranks by the router; "norm" by the norm of the token's features and "random" by chance are
+            baselines that need no training.
+        ratios: "policy" gives every (timestep, block) its own share of the budget; "fixed" the same share to all.
+        cfg_scores: "cond" lets the conditional branch choose for both, batched or split; "max" is the paper's
+            element-wise maximum of both branches' scores, for batched guidance only.
+        seed: of the "random" scores.
+    """
+
+    bottleneck: int = 64
+    share: int = 2
+    policy_width: int = 256
+    initial_keep: float = 0.7
+    scores: Literal["learned", "norm", "random"] = "learned"
+    ratios: Literal["policy", "fixed"] = "policy"
+    cfg_scores: Literal["cond", "max"] = "cond"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.bottleneck >= 1, f"TokenRouting.bottleneck is {self.bottleneck}; give at least 1.")
+        _require(self.share >= 1, f"TokenRouting.share is {self.share}; give at least 1.")
+        _require(
+            self.policy_width >= 2 and self.policy_width % 2 == 0,
+            f"TokenRouting.policy_width is {self.policy_width}; give an even number.",
+        )
+        _require(0 < self.initial_keep < 1, f"TokenRouting.initial_keep is {self.initial_keep}; give one in (0, 1).")
+        _one_of("TokenRouting.scores", self.scores, ("learned", "norm", "random"))
+        _one_of("TokenRouting.ratios", self.ratios, ("policy", "fixed"))
+        _one_of("TokenRouting.cfg_scores", self.cfg_scores, ("cond", "max"))
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """DoRA deltas of the backbone's attention and MLP linears, trained jointly with the routing.
+
+    Attributes:
+        rank: rank of the deltas; 8 keeps adapters small (32 on SD3.5-Medium is 95 MB).
+        alpha: scale numerator; the delta is alpha / rank * B A.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"DeltaConfig.rank is {self.rank}; give at least 1.")
+        _require(self.alpha > 0, f"DeltaConfig.alpha is {self.alpha}; give a positive number.")
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """Everything an adapter of a backbone holds.
+
+    Attributes:
+        tokens: token routing, or None to run every token (deltas alone: the dense fine-tuned baseline).
+        deltas: DoRA deltas, or None where the backbone's weights stay as they are.
+    """
+
+    tokens: TokenRouting | None = field(default_factory=TokenRouting)
+    deltas: DeltaConfig | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.tokens is not None or self.deltas is not None,
+            "RoutingConfig has neither tokens nor deltas: there is nothing to attach.",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "RoutingConfig":
+        """The config written by `to_dict`; unknown or missing names raise `AdapterError`."""
+        _check_names(cls, data)
+        return cls(tokens=_part(TokenRouting, data.get("tokens")), deltas=_part(DeltaConfig, data.get("deltas")))
+
+
+def _part(cls: type, data: dict[str, Any] | None) -> Any:
+    if data is None:
+        return None
+    _check_names(cls, data)
+    try:
+        return cls(**data)
+    except TypeError as error:
+        raise AdapterError(f"{cls.__name__} cannot be read from {data!r}: {error}") from error
+
+
+def _check_names(cls: type, data: Any) -> None:
+    _require(isinstance(data, dict), f"{cls.__name__} must be a JSON object, got {type(data).__name__}.")
+    known = {f.name for f in fields(cls)}
+    unknown = sorted(set(data) - known)
+    _require(
+        not unknown,
+        f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}. "
+        "An adapter written by a newer Shivelight needs that version.",
+    )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, f"{name} is {value!r}; one of {', '.join(map(repr, allowed))}.")

@@ -1,0 +1,133 @@
+"""Time has one owner: which generation, step and guidance branch a forward pass of the backbone belongs to.
+
+With a pipeline attached, everything is read live from `pipe.scheduler`, so any scheduler works that keeps a `step_index`
+(multi-call solvers such as Heun list every call in `timesteps`). A bare transformer has no steps: its passes are
+independent, and its timesteps are looked up on a grid of 1000 points.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from shivelight.errors import ShivelightError
+
+Branch = Literal["single", "both", "cond", "uncond"]
+BRANCHES: tuple[Branch, ...] = ("single", "both", "cond", "uncond")
+GRID = tuple(float(t) for t in range(1, 1001))
+
+
+@dataclass
+class StepContext:
+    """Where the current forward pass stands.
+
+    Attributes:
+        generation: number of generations begun since attach; 0 where no pipeline runs.
+        steps: timesteps of the generation's model calls, from its first one on; None for a bare transformer.
+        step: index into `steps`.
+        call: how many passes this step has seen before this one (guidance by separate calls, extra passes).
+        branch: "both" is a batch of [unconditional; conditional] halves, "single" a batch of independent samples.
+        timestep: as passed to the backbone, [B] or scalar.
+        time_embedding: [B, T], the backbone's own.
+        condition: [B, C], the backbone's embedding of the pooled condition, or None.
+        choices: the conditional branch's kept indices per block, for a separate unconditional call.
+    """
+
+    generation: int = 0
+    steps: tuple[float, ...] | None = None
+    step: int = 0
+    call: int = 0
+    branch: Branch = "single"
+    timestep: Tensor | None = None
+    time_embedding: Tensor | None = None
+    condition: Tensor | None = None
+    choices: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Clock:
+    """Turns calls of the backbone into `StepContext`s.
+
+    Args:
+        pipeline: the diffusers pipeline, held weakly, or None for a bare transformer.
+        guidance: how the family's pipelines do classifier-free guidance (see `BackboneSpec`).
+    """
+
+    def __init__(self, pipeline: Any | None, guidance: str) -> None:
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._guidance = guidance
+        self._timesteps: Tensor | None = None
+        self._forced: Branch | None = None
+        self.context = StepContext()
+
+    @property
+    def pipeline(self) -> Any | None:
+        """The attached pipeline, while it lives."""
+        return None if self._pipeline is None else self._pipeline()
+
+    def reset(self) -> None:
+        """Forget the generation: the next pass starts from nothing."""
+        self._timesteps = None
+        self.context = StepContext(generation=self.context.generation)
+
+    def tick(self, timestep: Tensor | None) -> StepContext:
+        """Note one forward pass that begins now."""
+        running = self._running_scheduler()
+        previous = self.context
+        if running is None:
+            kept = previous.choices if self._forced == "uncond" else {}
+            self.context = StepContext(previous.generation, branch=self._forced or "single", choices=kept)
+        else:
+            scheduler, index, begin = running
+            # set_timesteps makes a new tensor each time, so an interrupted generation never leaks into the next one.
+            fresh = scheduler.timesteps is not self._timesteps
+            if fresh:
+                self._timesteps = scheduler.timesteps
+                steps: tuple[float, ...] | None = tuple(float(t) for t in scheduler.timesteps[begin:].tolist())
+            else:
+                steps = previous.steps
+            same_step = not fresh and previous.step == index - begin and previous.steps is not None
+            call = previous.call + 1 if same_step else 0
+            self.context = StepContext(
+                generation=previous.generation + fresh,
+                steps=steps,
+                step=index - begin,
+                call=call,
+                branch=self._forced or self._pipeline_branch(call),
+                choices=previous.choices if call else {},
+            )
+        self.context.timestep = timestep
+        return self.context
+
+    @contextmanager
+    def forced(self, branch: Branch) -> Iterator[None]:
+        """Say what the passes in this block are, for loops that are not a pipeline's."""
+        if branch not in BRANCHES:
+            raise ShivelightError(f"branch is {branch!r}; one of {', '.join(map(repr, BRANCHES))}.")
+        previous, self._forced = self._forced, branch
+        try:
+            yield
+        finally:
+            self._forced = previous
+
+    def _running_scheduler(self) -> tuple[Any, int, int] | None:
+        """(scheduler, index of this call in its timesteps, index of the generation's first call), inside a generation."""
+        scheduler = getattr(self.pipeline, "scheduler", None)
+        if scheduler is None or getattr(scheduler, "num_inference_steps", None) is None:
+            return None
+        begin = getattr(scheduler, "begin_index", None) or 0
+        index = getattr(scheduler, "step_index", None)
+        index = begin if index is None else index
+        return (scheduler, index, begin) if begin <= index < len(scheduler.timesteps) else None
+
+    def _pipeline_branch(self, call: int) -> Branch:
+        if not getattr(self.pipeline, "do_classifier_free_guidance", False):
+            return "single"
+        if self._guidance == "batched":
+            # Extra passes of a step (skip-layer guidance) hold the conditional samples alone.
+            return "both" if call == 0 else "single"
+        if self._guidance == "separate":
+            return ("cond", "uncond", "single")[min(call, 2)]  # type: ignore[return-value]
+        return "single"

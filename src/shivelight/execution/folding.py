@@ -1,0 +1,90 @@
+"""DoRA deltas folded into the backbone's weights for inference, with the originals kept.
+
+W' = m * (W + alpha / r * B A) / ||W + alpha / r * B A||, norms over each row (Liu et al. 2024, DoRA, eq. 5).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shivelight.errors import AdapterError, ShivelightError
+
+
+@dataclass
+class Delta:
+    """One linear's DoRA delta: down [r, in], up [out, r], magnitude [out]."""
+
+    down: Tensor
+    up: Tensor
+    magnitude: Tensor
+
+    def fold(self, weight: Tensor, scale: float) -> Tensor:
+        """The tuned weight, computed in fp32, in the weight's own dtype."""
+        moved = weight.float() + scale * (self.up.float().to(weight.device) @ self.down.float().to(weight.device))
+        factor = self.magnitude.float().to(weight.device) / torch.linalg.vector_norm(moved, dim=1)
+        return (factor[:, None] * moved).to(weight.dtype)
+
+
+class FoldedWeights:
+    """Swaps tuned weights in and out; holds the one set that is not in use.
+
+    Args:
+        model: the backbone.
+        deltas: by the name of the linear, relative to the backbone.
+        scale: alpha / rank.
+    """
+
+    def __init__(self, model: nn.Module, deltas: dict[str, Delta], scale: float) -> None:
+        self._linears: dict[str, nn.Module] = {}
+        self._spare: dict[str, Tensor] = {}
+        self.active = False
+        for name, delta in deltas.items():
+            linear = base_linear(model, name)
+            if tuple(linear.weight.shape) != (delta.up.shape[0], delta.down.shape[1]):
+                raise AdapterError(
+                    f"The delta of {name!r} is for a {delta.up.shape[0]} x {delta.down.shape[1]} weight, the backbone's "
+                    f"is {' x '.join(map(str, linear.weight.shape))}: the adapter belongs to another backbone."
+                )
+            self._linears[name] = linear
+            self._spare[name] = delta.fold(linear.weight.data, scale)
+
+    def apply(self, active: bool) -> None:
+        """Put the tuned weights (True) or the originals (False) in place; exact, and free where nothing changes."""
+        if active == self.active:
+            return
+        for name, linear in self._linears.items():
+            weight = linear.weight
+            if weight.device.type == "meta":
+                raise ShivelightError(
+                    f"The weight of {name!r} is offloaded layer by layer, so its DoRA delta cannot be swapped. "
+                    "Attach or load the adapter before enable_sequential_cpu_offload()."
+                )
+            spare = self._spare[name].to(weight.device, weight.dtype)
+            self._spare[name], weight.data = weight.data, spare
+        self.active = active
+
+    def originals(self) -> dict[str, Tensor]:
+        """The backbone's own weights by name, wherever they are now."""
+        return {name: self._spare[name] if self.active else m.weight.data for name, m in self._linears.items()}
+
+
+def base_linear(model: nn.Module, name: str) -> nn.Module:
+    """The plain linear layer of that name, also where peft has wrapped it (a user's LoRA)."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise AdapterError(f"The backbone has no layer {name!r}: the adapter belongs to another backbone.") from error
+    module = getattr(module, "base_layer", module)
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or weight is None or not weight.is_floating_point():
+        raise AdapterError(
+            f"The layer {name!r} is a {type(module).__name__}: DoRA deltas fold into floating-point nn.Linear weights "
+            "only. Load the adapter before quantising, or use an adapter without deltas."
+        )
+    if type(weight.data) is not torch.Tensor:
+        raise AdapterError(
+            f"The weight of {name!r} is quantised ({type(weight.data).__name__}); DoRA deltas cannot be folded into it. "
+            "Load the adapter before quantising, or use an adapter without deltas."
+        )
+    return module

@@ -1,0 +1,87 @@
+"""From a budget to a schedule: the policy's shape, solved for the steps, tokens and text at hand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from shivelight import cost
+from shivelight.errors import BudgetError
+from shivelight.routing import RatioPolicy, Schedule, schedule_from_logits, schedule_within_cost
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A bound that every schedule meets: `keep` is the mean token keep ratio, `compute` the share of dense FLOPs."""
+
+    kind: Literal["keep", "compute"]
+    value: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, int | float) or not 0.0 < self.value <= 1.0:
+            raise BudgetError(f"{self.kind} is {self.value!r}; give a number in (0, 1], for example {self.kind}=0.6.")
+
+    @property
+    def everything(self) -> bool:
+        """Whether nothing is to be left out."""
+        return self.value == 1.0
+
+
+class Planner:
+    """Schedules for a backbone, solved once for each distinct request.
+
+    Args:
+        costs: of every block of the backbone.
+        routed: indices of the routed blocks.
+    """
+
+    def __init__(self, costs: Sequence[cost.BlockCost], routed: Sequence[int]) -> None:
+        self.costs = list(costs)
+        self.routed = tuple(routed)
+        self._cache: dict[tuple, Schedule] = {}
+
+    def forget(self) -> None:
+        """Drop solved schedules, after the policy changed."""
+        self._cache.clear()
+
+    def schedule(
+        self, policy: RatioPolicy | None, budget: Budget, steps: tuple[float, ...], tokens: int, text_tokens: int
+    ) -> Schedule:
+        """The integers for these timesteps; `policy` None means the same ratio everywhere."""
+        key = (policy is None, budget, steps, tokens, text_tokens)
+        if key not in self._cache:
+            self._cache[key] = self._solve(policy, budget, steps, tokens, text_tokens)
+        return self._cache[key]
+
+    def planned_ratio(self, schedule: Schedule, text_tokens: int) -> float:
+        """Planned FLOPs over dense."""
+        return cost.planned_ratio(self.costs, schedule.keep, self.routed, schedule.tokens, text_tokens)
+
+    def _solve(
+        self, policy: RatioPolicy | None, budget: Budget, steps: tuple[float, ...], tokens: int, text_tokens: int
+    ) -> Schedule:
+        shape = (len(steps), len(self.routed))
+        if budget.everything:
+            return Schedule(((tokens,) * shape[1],) * shape[0], tokens)
+        if policy is None:
+            logits = torch.zeros(shape)
+        else:
+            with torch.no_grad():
+                logits = policy(torch.tensor(steps, device=policy.bias.device)).float().cpu()
+        if budget.kind == "keep":
+            return schedule_from_logits(logits, tokens, budget.value)
+        dense = cost.step_flops(self.costs, [tokens] * len(self.costs), text_tokens)
+        always = sum(c.flops(tokens, text_tokens) for i, c in enumerate(self.costs) if i not in self.routed)
+        price = [self.costs[i] for i in self.routed]
+        try:
+            return schedule_within_cost(
+                logits, tokens, lambda i, k: price[i].flops(k, text_tokens), (budget.value * dense - always) * len(steps)
+            )
+        except BudgetError as error:
+            least = (always + sum(c.flops(1, text_tokens) for c in price)) / dense
+            raise BudgetError(
+                f"compute={budget.value} cannot be reached: the blocks that are never routed and the text stream take "
+                f"{least:.4f} of the dense FLOPs. The nearest is compute={least:.4f}.",
+                nearest=least,
+            ) from error

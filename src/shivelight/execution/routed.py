@@ -1,0 +1,183 @@
+"""The state of a routed backbone: its routers and policy as one submodule, and what the hooks need to know."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shivelight.backbones.spec import BackboneSpec
+from shivelight.config import RoutingConfig
+from shivelight.cost import backbone_costs
+from shivelight.errors import BudgetError, ShivelightError, UnsupportedBackboneError
+from shivelight.execution.context import GRID, Clock, StepContext
+from shivelight.execution.folding import Delta, FoldedWeights
+from shivelight.execution.planning import Budget, Planner
+from shivelight.routing import RatioPolicy, Schedule, TokenRouter
+
+NAME = "shivelight"
+
+
+class Session(Protocol):
+    """What training (or a measurement) puts into the forward pass; see `training/estimators.py`."""
+
+    def decide(self, block: int, scores: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Scores to rank by [B, N], and how many tokens each sample keeps."""
+
+    def enter(self, block: int, x: Tensor, kept: Tensor) -> Tensor:
+        """The block's input [B, N, D], given the mask of kept tokens [B, N]."""
+
+    def leave(self, block: int, x: Tensor, out: Tensor, kept: Tensor) -> Tensor:
+        """The block's output [B, N, D], given its input."""
+
+
+class Observer(Protocol):
+    """Sees what every routed block does, without changing it."""
+
+    def __call__(self, block: int, x: Tensor, out: Tensor, kept: Tensor | None) -> None:
+        """Input and output [B, N, D] of a block; indices [B, k] of the tokens it ran, None for all (or several k)."""
+
+
+class Routed(nn.Module):
+    """Routers, policy and deltas of one backbone, under the name `shivelight`; moved and cast with it.
+
+    Args:
+        model: the backbone; only read.
+        spec: of its family.
+        config: what to attach.
+        pipeline: the pipeline that runs the backbone, or None.
+    """
+
+    def __init__(self, model: nn.Module, spec: BackboneSpec, config: RoutingConfig, pipeline: Any | None) -> None:
+        super().__init__()
+        blocks = spec.block_list(model)
+        self.spec, self.config = spec, config
+        self.routed = tuple(range(spec.first_routed, len(blocks))) if config.tokens is not None else ()
+        self.router: TokenRouter | None = None
+        self.policy: RatioPolicy | None = None
+        tokens = config.tokens
+        if tokens is not None and tokens.scores == "learned":
+            width, time_width, condition_width = spec.widths(model)
+            self.router = TokenRouter(
+                width, time_width, condition_width, self.routed, bottleneck=tokens.bottleneck, share=tokens.share
+            )
+        if tokens is not None and tokens.ratios == "policy":
+            self.policy = RatioPolicy(len(self.routed), target=tokens.initial_keep, hidden=tokens.policy_width)
+        reference = next(model.parameters())
+        dtype = reference.dtype if reference.dtype in (torch.float32, torch.float16, torch.bfloat16) else None
+        device = None if reference.device.type == "meta" else reference.device
+        self.to(device, dtype)
+        self.deltas: dict[str, Delta] = {}
+        self.folded: FoldedWeights | None = None
+        self.clock = Clock(pipeline, spec.guidance)
+        self.planner = Planner(backbone_costs(model, spec), self.routed)
+        self.budget = Budget("keep", 1.0)
+        self.shape = spec.default_shape(model)
+        self.enabled = True
+        self.session: Session | None = None
+        self.observer: Observer | None = None
+        self.handles: list[Any] = []
+        self.reset_function: Callable[[], None] | None = None
+        self._random: dict[tuple[int, int, int], Tensor] = {}
+
+    def __deepcopy__(self, memo: dict) -> NoReturn:
+        raise ShivelightError(
+            "A routed backbone cannot be deep-copied: diffusers' hooks in the copy would run the original's weights. "
+            "Call shivelight.detach first, copy, and attach (or load the adapter) to both."
+        )
+
+    @property
+    def context(self) -> StepContext:
+        """Where the current forward pass stands."""
+        return self.clock.context
+
+    def begin(self, timestep: Tensor | None) -> None:
+        """A forward pass of the backbone begins."""
+        self.clock.tick(timestep)
+
+    def reset(self) -> None:
+        """The next pass starts from nothing."""
+        self.clock.reset()
+
+    @contextmanager
+    def switched(self, enabled: bool) -> Iterator[None]:
+        """Routing and deltas on or off for a while."""
+        previous = self.enabled
+        self.enable(enabled)
+        try:
+            yield
+        finally:
+            self.enable(previous)
+
+    def enable(self, enabled: bool) -> None:
+        """Routing and deltas on or off."""
+        self.enabled = enabled
+        if self.folded is not None:
+            self.folded.apply(enabled)
+
+    def set_deltas(self, model: nn.Module, deltas: dict[str, Delta]) -> None:
+        """Fold these DoRA deltas into the backbone, in the place of earlier ones; an empty dict removes them."""
+        if self.folded is not None:
+            self.folded.apply(False)
+        self.deltas, self.folded = deltas, None
+        if deltas:
+            assert self.config.deltas is not None
+            self.folded = FoldedWeights(model, deltas, self.config.deltas.alpha / self.config.deltas.rank)
+            self.folded.apply(self.enabled)
+
+    def schedule(self, steps: tuple[float, ...], tokens: int, text_tokens: int, budget: Budget | None = None) -> Schedule:
+        """The schedule for these timesteps under the budget in force (or another)."""
+        return self.planner.schedule(self.policy, budget or self.budget, steps, tokens, text_tokens)
+
+    def kept_counts(self, block: int, batch: int, tokens: int, text_tokens: int) -> tuple[int, ...]:
+        """How many tokens each sample keeps in this block now: one number where all agree, else one for each sample."""
+        if self.budget.everything:
+            return (tokens,)
+        self.shape = (tokens, text_tokens)
+        place = block - self.routed[0]
+        context = self.context
+        if context.steps is not None:
+            return (self.schedule(context.steps, tokens, text_tokens).row(context.step)[place],)
+        if context.timestep is None:
+            raise BudgetError(
+                "The backbone was called without a timestep, so the schedule cannot be read. Pass `timestep`, or attach "
+                "to the pipeline instead of the bare transformer."
+            )
+        table = self.schedule(GRID, tokens, text_tokens)
+        values = context.timestep.detach().reshape(-1).float().tolist()
+        scale = self.spec.timestep_scale
+        counts = tuple(table.row(min(max(round(v * scale), 1), len(GRID)) - 1)[place] for v in values)
+        return counts[:1] if len(set(counts)) == 1 else counts
+
+    def scores(self, block: int, x: Tensor, samples: slice = slice(None)) -> Tensor:
+        """Token scores [B, N] in fp32 of the chosen samples; x [B, N, D] holds only those."""
+        tokens = self.config.tokens
+        assert tokens is not None
+        if tokens.scores == "norm":
+            return torch.linalg.vector_norm(x.float(), dim=-1)
+        if tokens.scores == "random":
+            return self._random_scores(block, x)
+        context = self.context
+        if self.router is None or context.time_embedding is None:
+            raise UnsupportedBackboneError(
+                f"The spec {self.spec.name!r} names {self.spec.timestep_embedding!r} as the timestep embedding, but it did "
+                "not run before the blocks; correct `timestep_embedding` in the spec."
+            )
+        # The embedding may have one row for the whole batch.
+        time = context.time_embedding if context.time_embedding.shape[0] == 1 else context.time_embedding[samples]
+        condition = context.condition
+        if condition is not None and condition.shape[0] != 1:
+            condition = condition[samples]
+        rows = x.shape[0]
+        condition = None if condition is None else condition.expand(rows, -1)
+        return self.router(block, x, time.expand(rows, -1), condition)
+
+    def _random_scores(self, block: int, x: Tensor) -> Tensor:
+        """The same random ranking for every sample, drawn from (seed, step, block), so that batching changes nothing."""
+        key = (block, self.context.step, x.shape[1])
+        if key not in self._random:
+            seed = self.config.tokens.seed if self.config.tokens else 0
+            generator = torch.Generator().manual_seed(hash((seed, *key)) % 2**31)
+            self._random[key] = torch.rand(x.shape[1], generator=generator)
+        return self._random[key].to(x.device).expand(x.shape[0], -1)

@@ -1,0 +1,109 @@
+"""The router that scores tokens: which ones a block should run, given what they hold, when and under which prompt.
+
+Shapes: B samples, N image tokens, D backbone width, T width of the timestep embedding, C width of the pooled
+condition, H bottleneck width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shivelight.errors import AdapterError
+
+
+class PairRouter(nn.Module):
+    """One router, shared by adjacent blocks that differ in their layer embedding only (Shiva-DiT, router).
+
+        h = P_t(t) + P_c(c) + P_l(l),    s_i = w . LayerNorm(SiLU(P_x(x_i) + h))
+
+    P_l of a learned embedding is itself a learned vector, so `layer` holds P_l(l) directly. Only differences between
+    the scores of one sample matter, so w has no bias, and the LayerNorm no affine part that w would not absorb.
+    """
+
+    def __init__(self, width: int, time_width: int, condition_width: int | None, blocks: int, bottleneck: int) -> None:
+        super().__init__()
+        self.from_tokens = nn.Linear(width, bottleneck)
+        self.from_time = nn.Linear(time_width, bottleneck, bias=False)
+        self.from_condition = None if condition_width is None else nn.Linear(condition_width, bottleneck, bias=False)
+        self.layer = nn.Parameter(torch.randn(blocks, bottleneck) * 0.02)
+        # LayerNorm makes vectors of length sqrt(H): this gives scores of about unit size, on which the
+        # temperatures of the soft rank (0.2 at the start) are defined.
+        self.score = nn.Parameter(torch.randn(bottleneck) / math.sqrt(bottleneck))
+
+    def forward(self, member: int, x: Tensor, time_embedding: Tensor, condition: Tensor | None) -> Tensor:
+        """Scores [B, N] in fp32 for the pair's block number `member`; see `TokenRouter.forward`."""
+        dtype = self.from_tokens.weight.dtype
+        context = self.from_time(time_embedding.to(dtype)) + self.layer[member]
+        if self.from_condition is not None:
+            if condition is None:
+                raise AdapterError("This router was built with a condition; pass the pooled condition [B, C].")
+            context = context + self.from_condition(condition.to(dtype))
+        hidden = F.silu(self.from_tokens(x.to(dtype)) + context[:, None]).float()
+        # A product and a sum, not a matmul: autocast would round a matmul's scores to bf16 and make ties of them.
+        return (F.layer_norm(hidden, hidden.shape[-1:]) * self.score.float()).sum(-1)
+
+
+class TokenRouter(nn.Module):
+    """Token scores for every routed block; one `PairRouter` for blocks (1, 2), one for (3, 4), and so on.
+
+    Args:
+        width: D.
+        time_width: T.
+        condition_width: C, or None for a backbone without a pooled condition.
+        blocks: indices in the backbone of the routed blocks; block 0 is normally not among them.
+        bottleneck: H; 64 in the paper.
+        share: how many adjacent blocks share one router; 2 in the paper, 1 for a router of each block's own.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        time_width: int,
+        condition_width: int | None,
+        blocks: Sequence[int],
+        bottleneck: int = 64,
+        share: int = 2,
+    ) -> None:
+        super().__init__()
+        if not blocks or len(set(blocks)) != len(blocks):
+            raise AdapterError(f"The routed blocks are {list(blocks)}; give at least one block, each once.")
+        if share < 1 or bottleneck < 1:
+            raise AdapterError(f"share is {share} and bottleneck {bottleneck}; both must be at least 1.")
+        groups: dict[int, list[int]] = {}
+        for block in sorted(blocks):
+            # Counted from block 1, whatever is routed: the pairs of an adapter do not shift with its list of blocks.
+            groups.setdefault((block - 1) // share, []).append(block)
+        self.pairs = nn.ModuleDict()
+        self._place: dict[int, tuple[str, int]] = {}
+        for members in groups.values():
+            name = "_".join(str(block) for block in members)
+            self.pairs[name] = PairRouter(width, time_width, condition_width, len(members), bottleneck)
+            for member, block in enumerate(members):
+                self._place[block] = (name, member)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Indices of the routed blocks, ascending."""
+        return tuple(self._place)
+
+    def forward(self, block: int, x: Tensor, time_embedding: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Score the tokens at the input of one block.
+
+        Args:
+            block: index of the block in the backbone.
+            x: [B, N, D], the image tokens that enter the block.
+            time_embedding: [B, T], the backbone's own.
+            condition: [B, C], the backbone's pooled condition, or None.
+
+        Returns:
+            [B, N] fp32, higher is kept first. The projections run in the parameters' dtype (or autocast's).
+        """
+        if block not in self._place:
+            raise AdapterError(f"Block {block} has no router; the routed blocks are {list(self.blocks)}.")
+        name, member = self._place[block]
+        return self.pairs[name](member, x, time_embedding, condition)
