@@ -84,7 +84,9 @@ def pipe(_session_pipe: StableDiffusion3Pipeline) -> StableDiffusion3Pipeline:
 class Sampler:
     """Runs a pipeline with the settings that every test shares."""
 
-    def __call__(self, pipe: StableDiffusion3Pipeline, prompts: list[str], steps: int = 4, **options: object) -> torch.Tensor:
+    def __call__(
+        self, pipe: StableDiffusion3Pipeline, prompts: list[str], steps: int = 4, **options: object
+    ) -> torch.Tensor:
         """Latents [B, C, H, W] of the prompts; sample i always starts from the noise of seed i."""
         first = int(options.pop("first_seed", 0))  # type: ignore[call-overload]
         generators = [torch.Generator().manual_seed(first + i) for i in range(len(prompts))]

@@ -10,8 +10,9 @@ from torch import nn
 
 from shivelight.backbones import BackboneSpec, find_spec
 from shivelight.config import RoutingConfig
-from shivelight.errors import AdapterError, BudgetError, UnsupportedBackboneError
+from shivelight.errors import AdapterError, BudgetError, ShivelightError, UnsupportedBackboneError
 from shivelight.execution.context import GRID, Branch
+from shivelight.execution.folding import Delta
 from shivelight.execution.hook import BlockHook, EmbeddingHook, RootHook
 from shivelight.execution.planning import Budget
 from shivelight.execution.routed import NAME, Routed
@@ -31,16 +32,38 @@ def attach(model: Any, config: RoutingConfig | None = None) -> Any:
     Raises:
         UnsupportedBackboneError: the class is unknown, or set up in a way that cannot be routed.
     """
+    install(model, prepare(model, config or RoutingConfig()), {})
+    return model
+
+
+def prepare(model: Any, config: RoutingConfig) -> Routed:
+    """What `install` puts on a model; nothing is changed yet."""
     backbone, pipeline = _backbone_of(model)
-    config = config or RoutingConfig()
     spec = find_spec(backbone)
     _refuse_unsupported(backbone)
-    if routed_of(backbone, missing_ok=True) is not None:
+    for path in (spec.timestep_embedding, spec.condition_embedding):
+        if path is not None:
+            _embedder(backbone, spec, path)
+    return Routed(backbone, spec, config, pipeline)
+
+
+def install(model: Any, routed: Routed, deltas: dict[str, Delta]) -> None:
+    """Attach what was prepared, in the place of an earlier adapter, which stays if the deltas do not fit."""
+    backbone, _ = _backbone_of(model)
+    earlier = routed_of(backbone, missing_ok=True)
+    was_enabled = earlier is not None and earlier.enabled
+    if earlier is not None:
+        earlier.enable(False)  # new deltas are folded into the backbone's own weights
+    try:
+        routed.set_deltas(backbone, deltas)
+    except ShivelightError:
+        if earlier is not None:
+            earlier.enable(was_enabled)
+        raise
+    if earlier is not None:
         detach(backbone)
-    routed = Routed(backbone, spec, config, pipeline)
     backbone.add_module(NAME, routed)
-    _register_hooks(backbone, routed, spec)
-    return model
+    _register_hooks(backbone, routed, routed.spec)
 
 
 def detach(model: Any) -> Any:
@@ -123,7 +146,8 @@ def current_schedule(model: Any, steps: int | None = None) -> Schedule:
         probe.set_timesteps(steps)
         times = tuple(float(t) for t in probe.timesteps.tolist())
     elif scheduler is not None and getattr(scheduler, "num_inference_steps", None) is not None:
-        times = tuple(float(t) for t in scheduler.timesteps.tolist())
+        begin = getattr(scheduler, "begin_index", None) or 0
+        times = tuple(float(t) for t in scheduler.timesteps[begin:].tolist())
     else:
         times = GRID
     return routed.schedule(times, *routed.shape)
@@ -235,17 +259,22 @@ def _register_hooks(backbone: nn.Module, routed: Routed, spec: BackboneSpec) -> 
         backbone._reset_stateful_cache = routed.reset_function = lambda: registry.reset_stateful_hooks(recurse=True)
     routed.handles = [
         backbone.register_state_dict_post_hook(_dense_state_dict),
-        backbone.register_load_state_dict_post_hook(_forgive_missing),
+        backbone.register_load_state_dict_pre_hook(_before_load),
+        backbone.register_load_state_dict_post_hook(_after_load),
     ]
 
 
-def _listen(backbone: nn.Module, routed: Routed, path: str, field: str) -> None:
+def _embedder(backbone: nn.Module, spec: BackboneSpec, path: str) -> nn.Module:
     try:
-        module = backbone.get_submodule(path)
+        return backbone.get_submodule(path)
     except AttributeError as error:
         raise UnsupportedBackboneError(
-            f"{type(backbone).__name__} has no {path!r}, which its spec {routed.spec.name!r} names; correct the spec."
+            f"{type(backbone).__name__} has no {path!r}, which its spec {spec.name!r} names; correct the spec."
         ) from error
+
+
+def _listen(backbone: nn.Module, routed: Routed, path: str, field: str) -> None:
+    module = _embedder(backbone, routed.spec, path)
     HookRegistry.check_if_exists_or_initialize(module).register_hook(EmbeddingHook(routed, field), NAME)
 
 
@@ -261,9 +290,20 @@ def _dense_state_dict(module: nn.Module, state: dict, prefix: str, metadata: dic
                     state[key] = weight
 
 
-def _forgive_missing(module: nn.Module, incompatible: Any) -> None:
-    """A dense state dict loads into an attached backbone: our parameters are not part of it."""
-    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not k.startswith(f"{NAME}.")]
+def _before_load(module: nn.Module, *_: Any) -> None:
+    """Weights are loaded over the backbone's own, not over the folded ones."""
+    routed = getattr(module, NAME, None)
+    if routed is not None and routed.folded is not None:
+        routed.folded.apply(False)
+
+
+def _after_load(module: nn.Module, incompatible: Any) -> None:
+    """A dense state dict loads into an attached backbone: our parameters are not part of it; deltas are folded anew."""
+    # The keys carry the prefix of whatever module the backbone is part of.
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if f".{NAME}." not in f".{k}"]
+    routed = getattr(module, NAME, None)
+    if routed is not None and routed.deltas:
+        routed.set_deltas(module, routed.deltas)
 
 
 def _drop_empty_registries(backbone: nn.Module) -> None:

@@ -5,6 +5,7 @@ Never a copy of the backbone, never a pickle. Files are written under a temporar
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shivelight.adapter import attach, backbone_of, detach, routed_of
+from shivelight.adapter import backbone_of, install, prepare, routed_of
 from shivelight.backbones import find_spec
 from shivelight.config import FORMAT_VERSION, RoutingConfig
 from shivelight.errors import AdapterError
@@ -57,8 +58,12 @@ def save_adapter(model: Any, directory: str | Path, training: dict[str, Any] | N
             tensors[f"deltas.{name}.{suffix}"] = getattr(delta, part).detach().cpu().contiguous()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write(directory / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        _write(directory / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+        _write_together(
+            {
+                directory / WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+                directory / CONFIG_NAME: lambda path: path.write_text(json.dumps(config, indent=2) + "\n"),
+            }
+        )
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"The adapter could not be written to {directory}: {error}. Free some space or choose another folder.") from error
     return directory
@@ -76,19 +81,15 @@ def load_adapter(model: Any, source: str | Path, revision: str | None = None) ->
     backbone = backbone_of(model)
     _check_backbone(stored, backbone, source)
     config = RoutingConfig.from_dict(stored["routing"])
-    try:
-        attach(model, config)
-        routed = routed_of(model)
-        own = {name: t for name, t in tensors.items() if not name.startswith("deltas.")}
-        _check_tensors(own, routed.state_dict(), weights_path)
-        routed.load_state_dict(own)
-        deltas = _read_deltas(tensors, weights_path)
-        if deltas and config.deltas is None:
-            raise AdapterError(f"{weights_path} holds DoRA deltas, but {config_path.name} has no delta settings.")
-        routed.set_deltas(backbone, deltas)
-    except AdapterError:
-        detach(model)
-        raise
+    # Everything is checked before the model, or an adapter that it has already, is touched.
+    routed = prepare(model, config)
+    own = {name: t for name, t in tensors.items() if not name.startswith("deltas.")}
+    _check_tensors(own, routed.state_dict(), weights_path)
+    routed.load_state_dict(own)
+    deltas = _read_deltas(tensors, weights_path)
+    if deltas and config.deltas is None:
+        raise AdapterError(f"{weights_path} holds DoRA deltas, but {config_path.name} has no delta settings.")
+    install(model, routed, deltas)
     return model
 
 
@@ -132,13 +133,17 @@ def backbone_shape(backbone: nn.Module) -> dict[str, Any]:
     return {name: config[name] for name in _SHAPE_FIELDS if name in config}
 
 
-def _write(path: Path, writer: Any) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _write_together(writers: dict[Path, Callable[[Path], object]]) -> None:
+    """All files or none: an earlier adapter's config never stands beside new weights because the disk was full."""
+    unfinished = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in writers}
     try:
-        writer(unfinished)
-        os.replace(unfinished, path)
+        for path, writer in writers.items():
+            writer(unfinished[path])
+        for path, part in unfinished.items():
+            os.replace(part, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        for part in unfinished.values():
+            part.unlink(missing_ok=True)
 
 
 def _locate(source: str | Path, revision: str | None) -> tuple[Path, Path]:
@@ -189,6 +194,8 @@ def _check_backbone(stored: dict[str, Any], backbone: nn.Module, source: str | P
     if stored.get("spec") != spec.name:
         raise AdapterError(f"The adapter {source} is for a {stored.get('spec')!r} backbone, this one is {spec.name!r}.")
     theirs, ours = stored.get("base_model_shape") or {}, backbone_shape(backbone)
+    if not isinstance(theirs, dict):
+        raise AdapterError(f"The adapter {source} has base_model_shape {theirs!r}, not a JSON object; copy the adapter again.")
     differing = [f"{name} {theirs[name]} (here {ours.get(name)})" for name in theirs if theirs[name] != ours.get(name)]
     if differing:
         raise AdapterError(f"The adapter {source} was trained for another {type(backbone).__name__}: {', '.join(differing)}.")
@@ -209,7 +216,11 @@ def _check_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Pa
 
 
 def _read_deltas(tensors: dict[str, Tensor], path: Path) -> dict[str, Delta]:
-    names = {key.removeprefix("deltas.").rsplit(".lora_", 1)[0] for key in tensors if key.startswith("deltas.")}
+    found = {key for key in tensors if key.startswith("deltas.")}
+    names = {key.removeprefix("deltas.").rsplit(".lora_", 1)[0] for key in found}
+    extra = sorted(found - {f"deltas.{name}.{suffix}" for name in names for suffix in _DELTA_PARTS.values()})
+    if extra:
+        raise AdapterError(f"{path} holds an unknown {extra[0]!r} ({len(extra)} unknown): not what its config describes.")
     deltas = {}
     for name in sorted(names):
         try:

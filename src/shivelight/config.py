@@ -1,5 +1,6 @@
 """What is attached to a backbone: plain, validated dataclasses with a JSON round trip."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -40,6 +41,8 @@ class TokenRouting:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("bottleneck", "share", "policy_width", "seed"):
+            _integer(f"TokenRouting.{name}", getattr(self, name))
         _require(self.bottleneck >= 1, f"TokenRouting.bottleneck is {self.bottleneck}; give at least 1.")
         _require(self.share >= 1, f"TokenRouting.share is {self.share}; give at least 1.")
         _require(
@@ -65,8 +68,9 @@ class DeltaConfig:
     alpha: float = 8.0
 
     def __post_init__(self) -> None:
+        _integer("DeltaConfig.rank", self.rank)
         _require(self.rank >= 1, f"DeltaConfig.rank is {self.rank}; give at least 1.")
-        _require(self.alpha > 0, f"DeltaConfig.alpha is {self.alpha}; give a positive number.")
+        _require(0 < self.alpha < math.inf, f"DeltaConfig.alpha is {self.alpha}; give a positive number.")
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,10 @@ def _check_names(cls: type, data: Any) -> None:
         f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}. "
         "An adapter written by a newer Shivelight needs that version.",
     )
+
+
+def _integer(name: str, value: object) -> None:
+    _require(isinstance(value, int) and not isinstance(value, bool), f"{name} is {value!r}; give a whole number.")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

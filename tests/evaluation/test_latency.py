@@ -68,7 +68,7 @@ def test_the_clock_counts_the_backbone_and_nothing_else():
 
     timings = interleave({"dense": pipeline}, rounds=3, warmup=1, clock=ModuleClock(backbone))
     inner, total = timings.latency_ms("dense", inner=True)["median"], timings.latency_ms("dense")["median"]
-    assert 20 <= inner
+    assert inner >= 20
     assert total >= inner + 30
     assert not backbone._forward_hooks and not backbone._forward_pre_hooks
 

@@ -1,3 +1,4 @@
+import doctest
 import math
 from fractions import Fraction
 
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shivelight.errors import BudgetError, ShivelightError
+from shivelight.routing import select
 from shivelight.routing.select import check_scores, keep_count, token_mask, top_k_indices
 
 
@@ -78,3 +80,7 @@ def test_check_scores_counts_what_is_not_finite() -> None:
     check_scores(torch.zeros(2, 3))
     with pytest.raises(ShivelightError, match="2 of 6 scores of block 3"):
         check_scores(torch.tensor([[0.0, math.nan, 1.0], [math.inf, 0.0, 0.0]]), "block 3")
+
+
+def test_docstring_examples_run() -> None:
+    assert doctest.testmod(select) == (0, 1)

@@ -1,3 +1,4 @@
+import doctest
 from typing import Any
 
 import pytest
@@ -277,3 +278,7 @@ def test_temperatures_that_are_not_positive_are_refused() -> None:
         inclusion(torch.zeros(1, 2), 1.0, -1.0, 2)
     with pytest.raises(TrainingError, match="Annealing from 0.2 to 0"):
         anneal(0.2, 0.0, 0.5)
+
+
+def test_docstring_examples_run() -> None:
+    assert doctest.testmod(estimators) == (0, 1)

@@ -33,7 +33,7 @@ class StepContext:
         timestep: as passed to the backbone, [B] or scalar.
         time_embedding: [B, T], the backbone's own.
         condition: [B, C], the backbone's embedding of the pooled condition, or None.
-        choices: the conditional branch's kept indices per block, for a separate unconditional call.
+        choices: the conditional branch's scores per block, which rank the tokens of a separate unconditional call too.
     """
 
     generation: int = 0

@@ -19,6 +19,15 @@ class Delta:
     up: Tensor
     magnitude: Tensor
 
+    def fits(self, weight: Tensor) -> bool:
+        """Whether the three parts belong together and to a weight [out, in]."""
+        rank = self.down.shape[:1]
+        return (self.down.shape, self.up.shape, self.magnitude.shape) == (
+            (*rank, weight.shape[1]),
+            (weight.shape[0], *rank),
+            weight.shape[:1],
+        )
+
     def fold(self, weight: Tensor, scale: float) -> Tensor:
         """The tuned weight, computed in fp32, in the weight's own dtype."""
         moved = weight.float() + scale * (self.up.float().to(weight.device) @ self.down.float().to(weight.device))
@@ -41,10 +50,11 @@ class FoldedWeights:
         self.active = False
         for name, delta in deltas.items():
             linear = base_linear(model, name)
-            if tuple(linear.weight.shape) != (delta.up.shape[0], delta.down.shape[1]):
+            if not delta.fits(linear.weight):
+                shapes = ", ".join(str(tuple(part.shape)) for part in (delta.down, delta.up, delta.magnitude))
                 raise AdapterError(
-                    f"The delta of {name!r} is for a {delta.up.shape[0]} x {delta.down.shape[1]} weight, the backbone's "
-                    f"is {' x '.join(map(str, linear.weight.shape))}: the adapter belongs to another backbone."
+                    f"The delta of {name!r} has parts of shapes {shapes}, which do not fit the backbone's weight of "
+                    f"{' x '.join(map(str, linear.weight.shape))}: the adapter belongs to another backbone."
                 )
             self._linears[name] = linear
             self._spare[name] = delta.fold(linear.weight.data, scale)
@@ -66,7 +76,10 @@ class FoldedWeights:
 
     def originals(self) -> dict[str, Tensor]:
         """The backbone's own weights by name, wherever they are now."""
-        return {name: self._spare[name] if self.active else m.weight.data for name, m in self._linears.items()}
+        if not self.active:
+            return {name: linear.weight.data for name, linear in self._linears.items()}
+        # The model may have been cast since; a spare is only cast when it is swapped in.
+        return {name: self._spare[name].to(linear.weight.dtype) for name, linear in self._linears.items()}
 
 
 def base_linear(model: nn.Module, name: str) -> nn.Module:

@@ -135,42 +135,42 @@ class BlockHook(ModelHook):
 
     def _select(self, x: Tensor, k: int) -> Tensor:
         """Kept indices [B, k] of one batch whose samples keep equally many."""
-        context = self.routed.context
-        if context.branch == "uncond":
-            if self.block not in context.choices:
-                raise ShivelightError(
-                    "The unconditional pass came before the conditional one of its step; with cfg_scores='cond' the "
-                    "conditional branch chooses for both. Run it first, under shivelight.branch(model, 'cond')."
-                )
-            return context.choices[self.block]
-        indices = self._rank(self._paired_scores(x), k)
-        if context.branch == "cond":
-            context.choices[self.block] = indices
-        return indices
+        indices = top_k_indices(self._paired_scores(x), k)
+        return torch.cat([indices, indices]) if self.routed.context.branch == "both" else indices
 
     def _paired_scores(self, x: Tensor) -> Tensor:
         """Scores [B, N] of the batch, or [B / 2, N] where guidance pairs its halves."""
-        routed, branch = self.routed, self.routed.context.branch
-        if branch != "both":
-            if branch in ("cond", "uncond") and self._combines_both():
-                raise ShivelightError(
-                    "cfg_scores='max' needs both guidance branches in one batch, but this pipeline runs them as separate "
-                    "calls. Use cfg_scores='cond'."
-                )
+        routed, context = self.routed, self.routed.context
+        if context.branch == "single":
             return routed.scores(self.block, x)
-        half = x.shape[0] // 2
+        if context.branch == "both":
+            half = x.shape[0] // 2
+            if x.shape[0] != 2 * half:
+                raise ShivelightError(
+                    f"A guided batch holds unconditional and conditional halves, but this one has {x.shape[0]} samples. "
+                    "For passes that are no pipeline's, say what they are with shivelight.branch(model, 'single')."
+                )
+            if self._combines_both():
+                scores = routed.scores(self.block, x)
+                return torch.maximum(scores[:half], scores[half:])
+            return routed.scores(self.block, x[half:], slice(half, None))
         if self._combines_both():
-            scores = routed.scores(self.block, x)
-            return torch.maximum(scores[:half], scores[half:])
-        return routed.scores(self.block, x[half:], slice(half, None))
+            raise ShivelightError(
+                "cfg_scores='max' needs both guidance branches in one batch, but here they are separate calls. Use "
+                "cfg_scores='cond'."
+            )
+        if context.branch == "cond":
+            context.choices[self.block] = routed.scores(self.block, x)
+        elif self.block not in context.choices:
+            raise ShivelightError(
+                "The unconditional pass came before the conditional one of its step; with cfg_scores='cond' the "
+                "conditional branch chooses for both. Run it first, under shivelight.branch(model, 'cond')."
+            )
+        return context.choices[self.block]
 
     def _combines_both(self) -> bool:
         tokens = self.routed.config.tokens
         return tokens is not None and tokens.cfg_scores == "max"
-
-    def _rank(self, scores: Tensor, k: int) -> Tensor:
-        indices = top_k_indices(scores, k)
-        return torch.cat([indices, indices]) if self.routed.context.branch == "both" else indices
 
     def _run(self, call: BlockCall, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """The block on the kept tokens of a whole batch."""

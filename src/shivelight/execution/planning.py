@@ -1,5 +1,6 @@
 """From a budget to a schedule: the policy's shape, solved for the steps, tokens and text at hand."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -80,8 +81,10 @@ class Planner:
             )
         except BudgetError as error:
             least = (always + sum(c.flops(1, text_tokens) for c in price)) / dense
+            nearest = math.ceil(least * 1e4) / 1e4  # as printed, and never below what can be reached
             raise BudgetError(
                 f"compute={budget.value} cannot be reached: the blocks that are never routed and the text stream take "
-                f"{least:.4f} of the dense FLOPs. The nearest is compute={least:.4f}.",
-                nearest=least,
+                f"{least:.4f} of the dense FLOPs, at {tokens} image and {text_tokens} text tokens. The nearest is "
+                f"compute={nearest}.",
+                nearest=nearest,
             ) from error

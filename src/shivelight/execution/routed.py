@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -110,6 +111,17 @@ class Routed(nn.Module):
         finally:
             self.enable(previous)
 
+    @contextmanager
+    def variant(self, **changes: Any) -> Iterator[None]:
+        """Other `TokenRouting` settings for a while, on the same weights: baselines such as scores="random"."""
+        previous = self.config
+        assert previous.tokens is not None
+        self.config = replace(previous, tokens=replace(previous.tokens, **changes))
+        try:
+            yield
+        finally:
+            self.config = previous
+
     def enable(self, enabled: bool) -> None:
         """Routing and deltas on or off."""
         self.enabled = enabled
@@ -128,7 +140,9 @@ class Routed(nn.Module):
 
     def schedule(self, steps: tuple[float, ...], tokens: int, text_tokens: int, budget: Budget | None = None) -> Schedule:
         """The schedule for these timesteps under the budget in force (or another)."""
-        return self.planner.schedule(self.policy, budget or self.budget, steps, tokens, text_tokens)
+        adaptive = self.config.tokens is not None and self.config.tokens.ratios == "policy"
+        policy = self.policy if adaptive else None
+        return self.planner.schedule(policy, budget or self.budget, steps, tokens, text_tokens)
 
     def kept_counts(self, block: int, batch: int, tokens: int, text_tokens: int) -> tuple[int, ...]:
         """How many tokens each sample keeps in this block now: one number where all agree, else one for each sample."""

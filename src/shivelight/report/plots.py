@@ -8,7 +8,7 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 from shivelight.report.style import DENSE, FEWER_STEPS, MethodStyle, budget_label, is_ours, method_styles
@@ -270,7 +270,11 @@ def training_curve(losses: Sequence[Mapping[str, Any]]) -> Figure | None:
                 axes.plot(steps, values, color=colour, linewidth=1.7, label=label)
         axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, ncols=3)
     positive = all(entry[name] > 0 for entry in losses for name in loss_names if name in entry)
-    panels[0].set_yscale("log" if positive else "linear")
+    if positive:
+        panels[0].set_yscale("log")
+        panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panels[0].yaxis.set_minor_formatter(NullFormatter())
     panels[0].set_ylabel("loss" + (" (log scale)" if positive else ""), fontsize=9)
     if keep_names:
         panels[1].set_ylim(0, 1.05)

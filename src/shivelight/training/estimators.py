@@ -205,7 +205,7 @@ def anneal(start: float, end: float, progress: float) -> float:
     Start after the routers' warm-up: hardened from the first step, a router that starts out wrong may stay so, since
     the slopes between far ranks vanish (1 seed in 5 of benchmarks/synthetic.py's check k).
 
-    >>> anneal(0.2, 0.002, 0.5)
+    >>> round(anneal(0.2, 0.002, 0.5), 6)
     0.02
     """
     if start <= 0.0 or end <= 0.0:

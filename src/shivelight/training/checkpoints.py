@@ -1,0 +1,101 @@
+"""Checkpoints of a training run: whole or absent, and refused by a run with other settings."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shivelight.errors import TrainingError
+
+KEPT = 2
+
+
+@dataclass
+class State:
+    """What a checkpoint holds."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
+def save(out: Path, step: int, tensors: dict[str, Tensor], optimizer: dict[str, Any], identity: dict[str, Any]) -> Path:
+    """Write `out`/checkpoint-STEP under a temporary name, rename it, and drop all but the newest two."""
+    folder = out / f"checkpoint-{step:08d}"
+    unfinished = out / f".{folder.name}.{os.getpid()}.part"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, unfinished / "tensors.safetensors")
+        torch.save(optimizer, unfinished / "optimizer.pt")
+        (unfinished / "run.json").write_text(json.dumps({"step": step, "identity": identity}))
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise TrainingError(
+            f"The checkpoint of step {step} could not be written to {out}: {error}. Free some space and start the same command "
+            "again: it goes on from the checkpoint before."
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for old in sorted(out.glob("checkpoint-*"))[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def newest(out: Path) -> Path | None:
+    """The newest checkpoint in a run's folder, or None."""
+    found = sorted(out.glob("checkpoint-*"))
+    return found[-1] if found else None
+
+
+def load(folder: Path, identity: dict[str, Any]) -> State:
+    """Read a checkpoint; TrainingError if it is broken or belongs to a run with other settings."""
+    try:
+        run = json.loads((folder / "run.json").read_text())
+        tensors = load_file(folder / "tensors.safetensors")
+        optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError) as error:
+        raise TrainingError(f"The checkpoint {folder} cannot be read: {error}. Delete it to go on from the one before.") from error
+    if run["identity"] != identity:
+        raise TrainingError(
+            f"{folder} was made with other settings ({_difference(run['identity'], identity)}). Use the same ones to go on, or "
+            "another output folder to start anew."
+        )
+    return State(int(run["step"]), tensors, optimizer)
+
+
+def truncate_log(path: Path, step: int, write: bool) -> list[dict[str, float]]:
+    """Records up to `step` of a run's losses.jsonl; later ones, written after the checkpoint, are dropped from the file."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # cut off while it was written
+        if record["step"] <= step:
+            records.append(record)
+    if write:
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in records))
+        unfinished.replace(path)
+    return records
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    for key in sorted(set(old) | set(new)):
+        mine, theirs = old.get(key), new.get(key)
+        if mine != theirs:
+            if isinstance(mine, dict) and isinstance(theirs, dict):
+                return _difference(mine, theirs, f"{prefix}{key}.")
+            return f"{prefix}{key} was {mine!r}, is {theirs!r}"
+    return "nothing"

@@ -1,0 +1,401 @@
+"""The trainer: student and teacher are one backbone; routers, policy and deltas learn; budgets are met by solving.
+
+A step is `groups` micro-batches. All samples of a micro-batch share one timestep, so they keep equally many tokens and the
+kept ones form a real, smaller batch; timesteps and keep ratios are stratified over the groups of all processes. Everything
+drawn is a function of (seed, step, group, process), so a resumed run is the uninterrupted one.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from shivelight.adapter import attach, backbone_of, detach, routed_of
+from shivelight.adapter_files import save_adapter
+from shivelight.config import RoutingConfig
+from shivelight.errors import TrainingError
+from shivelight.routing import solve_anchor
+from shivelight.training import checkpoints
+from shivelight.training.data import LatentCache, Sample
+from shivelight.training.deltas import LiveDeltas
+from shivelight.training.estimators import anneal
+from shivelight.training.losses import (
+    BudgetLoss,
+    feature_distillation,
+    flow_matching_loss,
+    noisy_latents,
+    shift_sigmas,
+    stratified_ratios,
+    stratified_uniform,
+)
+from shivelight.training.session import TeacherRecord, TokenSession
+from shivelight.training.stages import StageName, TrainingConfig
+
+
+@dataclass
+class Draw:
+    """What one micro-batch trains on: its own timestep, keep target, samples and generator."""
+
+    sigma: float
+    keep: float
+    indices: list[int]
+    dropped: list[bool]
+    generator: torch.Generator
+
+
+class Trainer:
+    """Trains an adapter for a pipeline. Attaches to it; `run` leaves it attached with the trained adapter.
+
+    Args:
+        pipe: a diffusers pipeline.
+        routing: what to train. `tokens=None` with deltas is the dense fine-tuned baseline: the same losses, no routing.
+        config: settings of the run.
+        cache: latents and prompt embeddings.
+        out: folder of checkpoints, log and the final adapter.
+        accelerator: device, precision and processes; made here if None.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        routing: RoutingConfig,
+        config: TrainingConfig,
+        cache: LatentCache,
+        out: Path,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        if config.joint_steps and routing.deltas is None and routing.tokens is None:
+            raise TrainingError("There is nothing to train: RoutingConfig has neither tokens nor deltas.")
+        if routing.tokens is not None and routing.tokens.scores != "learned":
+            raise TrainingError(f"scores={routing.tokens.scores!r} have nothing to train; use scores='learned'.")
+        self.pipe, self.config, self.cache, self.out = pipe, config, cache, out
+        self.accelerator = accelerator or Accelerator()
+        self.backbone = backbone_of(pipe).to(self.accelerator.device).requires_grad_(False)
+        self.deltas: LiveDeltas | None = None
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            attach(pipe, routing)
+            self.routed = routed_of(pipe).float()
+            if routing.deltas is not None and config.joint_steps:
+                self.deltas = LiveDeltas(self.backbone, self.routed.spec, routing.deltas, {})
+        self.budget_loss = BudgetLoss(reduce=self.accelerator.reduce)
+        scheduler = pipe.scheduler
+        shift = getattr(scheduler.config, "shift", 1.0) or 1.0
+        self._shift = 1.0 if getattr(scheduler.config, "use_dynamic_shifting", False) else float(shift)
+        grid = 1 - torch.arange(config.schedule_points) / config.schedule_points
+        self._grid = (1000 * shift_sigmas(grid, self._shift)).to(self.accelerator.device)
+        blocks = len(self.routed.planner.costs)
+        chosen = {*range(config.feature_every - 1, blocks, config.feature_every), blocks - 1}
+        self._features_at = tuple(sorted(chosen & set(self.routed.routed)))
+        self.optimizer = torch.optim.AdamW(self._parameter_groups(), betas=(0.9, 0.99), weight_decay=0.01)
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        named = dict(self.routed.named_parameters())
+        return named | (dict(self.deltas.named_parameters()) if self.deltas is not None else {})
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        rates = {"router": self.config.lr_router, "policy": self.config.lr_policy, "deltas": self.config.lr_deltas}
+        groups = []
+        for kind, rate in rates.items():
+            parameters = [p for name, p in self._named_parameters().items() if name.startswith(kind)]
+            if parameters:
+                groups.append({"params": parameters, "lr": rate, "peak": rate, "kind": kind})
+        return groups
+
+    def run(self, on_step: Callable[[dict[str, float]], None] | None = None, until: int | None = None) -> Path:
+        """Train to the end (or up to step `until`), going on from the newest checkpoint in `out`; returns the adapter's folder.
+
+        Args:
+            on_step: called after each step with its log record.
+            until: stop early, as an interruption would; a checkpoint is written.
+        """
+        self._resume()
+        last = min(self.config.total_steps, until or self.config.total_steps)
+        log = self.out / "losses.jsonl"
+        try:
+            while self.step < last:
+                record = self.train_step()
+                self.history.append(record)
+                if self.accelerator.is_main_process:
+                    with log.open("a") as handle:
+                        handle.write(json.dumps(record) + "\n")
+                self.accelerator.log(record, step=self.step)
+                if on_step is not None:
+                    on_step(record)
+                if self.step % self.config.checkpoint_every == 0 and self.step < last:
+                    self.save_checkpoint()
+                if self.config.preview_every and self.step % self.config.preview_every == 0:
+                    self.preview(self.out / f"preview-{self.step:06d}.png")
+        except KeyboardInterrupt:
+            self.save_checkpoint()
+            raise
+        self.save_checkpoint()
+        return self.finish() if self.step >= self.config.total_steps else self.out
+
+    def finish(self) -> Path:
+        """Take the live deltas out, fold them, and write the adapter."""
+        trained = self.deltas.extract() if self.deltas is not None else {}
+        if self.deltas is not None:
+            self.deltas.remove()
+        self.routed.planner.forget()
+        self.routed.set_deltas(self.backbone, trained)
+        self.routed.eval().requires_grad_(False)
+        folder = self.out / "adapter"
+        if self.accelerator.is_main_process:
+            tail = self.history[-50:]
+            losses = {"loss": sum(r["loss"] for r in tail) / len(tail)} if tail else {}
+            save_adapter(self.pipe, folder, training={"config": self.config.to_dict(), "steps": self.step, **losses})
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def train_step(self) -> dict[str, float]:
+        """One optimiser step; returns what is logged."""
+        began = time.perf_counter()
+        config = self.config
+        stage, _, _ = config.stage(self.step)
+        self._train_only(stage)
+        self.routed.train()
+        totals: dict[str, float] = {}
+        for draw in self._draws():
+            losses = self._micro_batch(stage, draw)
+            loss = losses.pop("total")
+            if not bool(torch.isfinite(loss)):
+                parts = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+                raise TrainingError(
+                    f"The loss became {loss.item()} at step {self.step} ({stage} stage; {parts}). Go on from the last checkpoint "
+                    "with lower learning rates, or check the images and the backbone's precision."
+                )
+            if loss.requires_grad:
+                self.accelerator.backward(loss / config.groups)
+            for name, value in ({"loss": loss} | losses).items():
+                totals[name] = totals.get(name, 0.0) + value.item() / config.groups
+        norm = self._apply_gradients()
+        self.step += 1
+        means = self._mean_over_processes(totals)
+        return {"step": self.step, **means, "grad_norm": norm, "seconds": time.perf_counter() - began}
+
+    def _micro_batch(self, stage: StageName, draw: Draw) -> dict[str, Tensor]:
+        config, device = self.config, self.accelerator.device
+        sample = self.cache.batch(draw.indices, draw.dropped)
+        clean = sample.latents.to(device)
+        noise = torch.randn(clean.shape, generator=draw.generator).to(device)
+        sigmas = torch.full((len(clean),), draw.sigma, device=device)
+        noisy = noisy_latents(clean, noise, sigmas)
+        teacher = TeacherRecord(self._features_at)
+        with torch.no_grad(), self.routed.switched(False), self._deltas_off():
+            self.routed.observer = teacher
+            try:
+                wanted = self._velocity(noisy, sample, sigmas)
+            finally:
+                self.routed.observer = None
+        losses: dict[str, Tensor] = {}
+        session = None
+        if self.routed.config.tokens is not None:
+            ratios = self._ratios(stage, draw)
+            progress = self.step / max(1, config.total_steps - 1)
+            session = TokenSession(
+                routed=self.routed.routed,
+                ratios=ratios,
+                teacher=teacher,
+                estimator=config.estimator,
+                rank_temperature=anneal(*config.rank_temperature, progress),
+                selection_temperature=anneal(*config.selection_temperature, progress),
+                noise=0.0 if stage == "joint" else config.score_noise,
+                generator=draw.generator,
+            )
+        self.routed.session = session
+        try:
+            velocity = self._velocity(noisy, sample, sigmas)
+        finally:
+            self.routed.session = None
+        losses["output"] = F.mse_loss(velocity.float(), wanted.float())
+        total = config.output_weight * losses["output"]
+        if session is not None and config.feature_weight and self._features_at:
+            student = [session.features[block] for block in self._features_at]
+            losses["features"] = feature_distillation(student, [teacher.features[block] for block in self._features_at])
+            total = total + config.feature_weight * losses["features"]
+        if config.flow_weight:
+            losses["flow"] = flow_matching_loss(velocity, clean, noise)
+            total = total + config.flow_weight * losses["flow"]
+        if session is not None:
+            losses["keep"] = session.ratios.mean()
+            if stage != "router" and config.budget == "loss" and self.routed.policy is not None:
+                total = total + config.budget_weight * self.budget_loss(losses["keep"], config.target)
+        return {"total": total} | {name: value.detach() for name, value in losses.items()}
+
+    def _ratios(self, stage: StageName, draw: Draw) -> Tensor:
+        """[1, L] keep ratios of a micro-batch, with the policy's gradient where it trains."""
+        policy, device = self.routed.policy, self.accelerator.device
+        if stage == "router" or policy is None or self.routed.config.tokens.ratios == "fixed":
+            return torch.full((1, len(self.routed.routed)), draw.keep, device=device)
+        logits = policy(torch.tensor([1000.0 * draw.sigma], device=device))
+        if stage == "policy" and self.config.logit_noise:
+            logits = logits + self.config.logit_noise * torch.randn(logits.shape, generator=draw.generator).to(device)
+        if self.config.budget == "anchor":
+            logits = logits + solve_anchor(policy(self._grid), draw.keep)
+        return torch.sigmoid(logits)
+
+    def _draws(self) -> list[Draw]:
+        """The micro-batches of this process in this step."""
+        config, accelerator = self.config, self.accelerator
+        count, world = config.groups * accelerator.num_processes, accelerator.num_processes
+        shared = torch.Generator().manual_seed(_mix(config.seed, self.step, 0))
+        # The end of the path (pure data) is no input that sampling ever sees.
+        sigmas = shift_sigmas(stratified_uniform(count, shared), self._shift).clamp(min=1e-3)
+        keeps = stratified_ratios(count, config.keep_low, config.keep_high, shared)
+        draws = []
+        for group in range(config.groups):
+            place = group * world + accelerator.process_index
+            own = torch.Generator().manual_seed(_mix(config.seed, self.step, 1 + place))
+            indices = torch.randint(len(self.cache), (config.group_size,), generator=own).tolist()
+            dropped = (torch.rand(config.group_size, generator=own) < config.caption_drop).tolist()
+            draws.append(Draw(float(sigmas[place]), float(keeps[place]), indices, dropped, own))
+        return draws
+
+    def _velocity(self, noisy: Tensor, sample: Sample, sigmas: Tensor) -> Tensor:
+        device, dtype = self.accelerator.device, self.backbone.dtype
+        with self.accelerator.autocast():
+            return self.backbone(
+                hidden_states=noisy.to(dtype),
+                timestep=1000 * sigmas,
+                encoder_hidden_states=sample.embeddings.to(device, dtype),
+                pooled_projections=sample.pooled.to(device, dtype),
+                return_dict=False,
+            )[0]
+
+    def _deltas_off(self) -> Any:
+        return nullcontext() if self.deltas is None else self.deltas.disabled()
+
+    def _train_only(self, stage: StageName) -> None:
+        """Stage 1 trains the routers, stage 2 the policy too, stage 3 everything."""
+        trained = {"router": ("router",), "policy": ("router", "policy"), "joint": ("router", "policy", "deltas")}[stage]
+        factor = self.config.rate_factor(self.step)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(group["kind"] in trained)
+            group["lr"] = group["peak"] * factor
+
+    def _apply_gradients(self) -> float:
+        """Mean gradients over processes, clip, step; returns the norm."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if self.accelerator.num_processes > 1 and parameters:
+            # One small exchange a step. A data-parallel wrapper would break on the parameters that a stage leaves out.
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+            pieces = self.accelerator.reduce(flat, reduction="mean").split([p.numel() for p in parameters])
+            for parameter, piece in zip(parameters, pieces, strict=True):
+                parameter.grad = piece.view_as(parameter).clone()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def _mean_over_processes(self, totals: dict[str, float]) -> dict[str, float]:
+        if self.accelerator.num_processes == 1:
+            return totals
+        flat = torch.tensor(list(totals.values()), device=self.accelerator.device)
+        return dict(zip(totals, self.accelerator.reduce(flat, reduction="mean").tolist(), strict=True))
+
+    def save_checkpoint(self) -> None:
+        """Everything that the next step depends on, written whole or not at all."""
+        if self.accelerator.is_main_process:
+            tensors = {name: p.detach() for name, p in self._named_parameters().items()}
+            tensors |= {f"budget_loss.{name}": b for name, b in self.budget_loss.named_buffers()}
+            checkpoints.save(self.out, self.step, tensors, self.optimizer.state_dict(), self._identity())
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        found = checkpoints.newest(self.out)
+        if found is None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            return
+        state = checkpoints.load(found, self._identity())
+        named = self._named_parameters() | {f"budget_loss.{n}": b for n, b in self.budget_loss.named_buffers()}
+        if set(named) != set(state.tensors):
+            raise TrainingError(f"The checkpoint {found} holds other parameters than this run; use another output folder.")
+        with torch.no_grad():
+            for name, tensor in state.tensors.items():
+                named[name].copy_(tensor)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.step = state.step
+        self.history = checkpoints.truncate_log(self.out / "losses.jsonl", self.step, write=self.accelerator.is_main_process)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on: settings that change what a step does."""
+        settings = self.config.to_dict()
+        for name in ("checkpoint_every", "preview_every"):
+            settings.pop(name)
+        return {
+            "training": json.loads(json.dumps(settings)),
+            "routing": self.routed.config.to_dict(),
+            "processes": self.accelerator.num_processes,
+            "samples": len(self.cache),
+        }
+
+    @torch.no_grad()
+    def preview(self, path: Path, keep: float = 0.6, count: int = 4) -> None:
+        """A grid of the first captions, dense above routed, same seeds."""
+        if not self.accelerator.is_main_process:
+            return
+        from shivelight.training.preview import save_grid
+
+        self.routed.eval()
+        save_grid(self.pipe, self.routed, self._deltas_off, self.cache.captions[:count], path, keep)
+
+    def close(self) -> None:
+        """Leave the pipeline as it was before the trainer came."""
+        if self.deltas is not None:
+            self.deltas.remove()
+        detach(self.pipe)
+
+
+def _mix(*parts: int) -> int:
+    """One 63-bit seed of several small numbers."""
+    value = 0x9E3779B97F4A7C15
+    for part in parts:
+        value = ((value ^ (part + 0x7F4A7C15)) * 0xBF58476D1CE4E5B9) % 2**64
+        value ^= value >> 31
+    return value % 2**63
+
+
+def estimate(trainer: Trainer) -> dict[str, float]:
+    """Time, memory and adapter size of a run, from one trial step of each stage whose effects are thrown away."""
+    config = trainer.config
+    saved = {name: p.detach().clone() for name, p in trainer._named_parameters().items()}
+    optimizer = trainer.optimizer.state_dict()
+    device = trainer.accelerator.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds, start = 0.0, 0
+    for length in (config.router_steps, config.policy_steps, config.joint_steps):
+        if length:
+            trainer.step = start
+            trainer.train_step()  # warm-up of kernels and caches
+            trainer.step = start
+            seconds += trainer.train_step()["seconds"] * length
+        start += length
+    with torch.no_grad():
+        for name, parameter in trainer._named_parameters().items():
+            parameter.copy_(saved[name])
+    trainer.optimizer.load_state_dict(optimizer)
+    trainer.optimizer.state.clear()
+    trainer.budget_loss = BudgetLoss(reduce=trainer.accelerator.reduce)
+    trainer.step = 0
+    size = sum(p.numel() * p.element_size() for p in trainer._named_parameters().values())
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        import resource
+
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"hours": seconds / 3600, "peak_memory_mb": memory, "adapter_mb": size / 2**20, "steps": math.floor(start)}
