@@ -45,7 +45,9 @@ format: $(DEVELOPMENT)  ## mend what ruff can mend
 	$(PY) -m ruff format .
 
 recipes: $(DEVELOPMENT)  ## rebuild every embedded file from nothing (hours on a CPU; it goes on where it stopped)
-	$(PY) recipes/build.py $(ARGS)
+	$(PY) recipes/build_data.py
+	$(PY) recipes/train_autoencoder.py
+	$(PY) recipes/train_teacher.py $(ARGS)
 
 clean:  ## remove what was built; the virtual environment goes too
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -26,7 +26,7 @@ from shivelight.demo.data import EmojiData
 
 TEXT_WIDTH = 96
 TEXT_TOKENS = 16
-EMA_DECAY = 0.999
+EMA_DECAY = 0.998
 CAPTION_DROP = 0.1
 
 
@@ -135,6 +135,18 @@ def encode_pool(vae: AutoencoderTiny, subset: str, count: int, size: int, path: 
     return state
 
 
+def build_optimizers(teacher: Teacher, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the transformer blocks, which learns from fewer samples; AdamW for everything else."""
+    matrices, others = [], []
+    for name, parameter in teacher.named_parameters():
+        hidden = name.startswith("transformer.transformer_blocks") and parameter.ndim == 2
+        (matrices if hidden else others).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01),
+    ]
+
+
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over 200 steps, constant, cosine to 2% over the last half."""
     late = max(0.0, (step - steps / 2) / (steps / 2))
@@ -176,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--subset", choices=["core", "full"], default="core")
     parser.add_argument("--tokens", type=int, default=256, help="image tokens: 256 for 128 px, 1024 for 256 px")
     parser.add_argument("--width", type=int, default=192)
@@ -200,12 +212,13 @@ def main() -> None:
 
     teacher = Teacher(tokenizer, args.tokens, args.width, args.layers).to(device)
     average = copy.deepcopy(teacher).requires_grad_(False)
-    optimizer = torch.optim.AdamW(teacher.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizers = build_optimizers(teacher, args.lr)
     start = 0
     if state := checkpoint.load(args.work / "state.pt"):
         teacher.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         start = state["step"]
     velocity = torch.compile(teacher) if args.compile else teacher
     print(f"{sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M parameters, from step {start}", flush=True)
@@ -221,12 +234,13 @@ def main() -> None:
         with torch.autocast(device.type, torch.bfloat16):
             predicted = velocity(noisy.to(device), 1000 * time_.to(device), text.to(device))
         loss = (predicted.float() - (noise - clean).to(device)).square().mean()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-        optimizer.zero_grad()
+        teacher.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.steps, args.lr)
+            optimizer.step()
         decay = min(EMA_DECAY, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.parameters()), list(teacher.parameters()), 1 - decay)
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
@@ -234,8 +248,8 @@ def main() -> None:
             pace = (time.time() - began) / (step - start + 1)
             print(f"step {step} loss {smooth:.4f} {pace:.2f} s/step, {pace * (args.steps - step) / 60:.0f} min left", flush=True)
         if (step + 1) % args.export == 0 or step + 1 == args.steps:
-            state = {"model": teacher.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoint.save(args.work / "state.pt", state | {"step": step + 1})
+            state = {"model": teacher.state_dict(), "average": average.state_dict(), "step": step + 1}
+            checkpoint.save(args.work / "state.pt", state | {"optimizers": [o.state_dict() for o in optimizers]})
             pipe = export(average, tokenizer, vae, args.work / "pipeline")
             preview(pipe, args.subset, args.work / f"preview-{step + 1}.png")
 

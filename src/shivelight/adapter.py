@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry
+from diffusers.hooks.hooks import HookFunctionReference
 from torch import nn
 
 from shivelight.backbones import BackboneSpec, find_spec
@@ -235,13 +236,19 @@ def _refuse_unsupported(backbone: nn.Module) -> None:
             "Context parallelism shards the sequence before the blocks, so a top-k would be local to each rank. Disable it "
             "to use Shivelight."
         )
-    registry = getattr(backbone, "_diffusers_hook", None)
-    owner = getattr(registry, "_module_ref", backbone)
-    if owner is not backbone:
+    if any(_runs_another_module(module) for module in backbone.modules()):
         raise UnsupportedBackboneError(
             "This model is a deep copy of a hooked one: its hooks would run the original's weights. Copy before attaching "
             "hooks, or load it anew."
         )
+
+
+def _runs_another_module(module: nn.Module) -> bool:
+    """A deep copy has a registry of its own, but its `forward` is a closure over the original's."""
+    registry = module.__dict__.get("_diffusers_hook")
+    closure = getattr(getattr(module.__dict__.get("forward"), "func", None), "__closure__", None) or ()
+    called = [cell.cell_contents for cell in closure if isinstance(cell.cell_contents, HookFunctionReference)]
+    return registry is not None and any(all(mine is not it for mine in registry._fn_refs) for it in called)
 
 
 def _register_hooks(backbone: nn.Module, routed: Routed, spec: BackboneSpec) -> None:

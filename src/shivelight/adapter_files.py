@@ -19,7 +19,7 @@ from shivelight.adapter import backbone_of, install, prepare, routed_of
 from shivelight.backbones import find_spec
 from shivelight.config import FORMAT_VERSION, RoutingConfig
 from shivelight.errors import AdapterError
-from shivelight.execution.folding import Delta
+from shivelight.execution.folding import Delta, FoldedWeights
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -91,6 +91,21 @@ def load_adapter(model: Any, source: str | Path, revision: str | None = None) ->
         raise AdapterError(f"{weights_path} holds DoRA deltas, but {config_path.name} has no delta settings.")
     install(model, routed, deltas)
     return model
+
+
+def read_deltas(model: Any, source: str | Path, revision: str | None = None) -> FoldedWeights:
+    """Only the DoRA deltas of an adapter, for the backbone of `model`, without attaching it: `apply(True)` swaps them in."""
+    config_path, weights_path = _locate(source, revision)
+    stored, tensors = _read_config(config_path), _read_tensors(weights_path)
+    backbone = backbone_of(model)
+    _check_backbone(stored, backbone, source)
+    config, deltas = RoutingConfig.from_dict(stored["routing"]), _read_deltas(tensors, weights_path)
+    if config.deltas is None or not deltas:
+        raise AdapterError(f"The adapter {source} has no DoRA deltas.")
+    attached = routed_of(model, missing_ok=True)
+    # Folded from the backbone's own weights, not from those of an adapter that is attached now.
+    with attached.switched(False) if attached is not None else nullcontext():
+        return FoldedWeights(backbone, deltas, config.deltas.alpha / config.deltas.rank)
 
 
 def push_to_hub(model: Any, repo_id: str, card: str | None = None, private: bool = False) -> str:

@@ -59,6 +59,7 @@ class Clock:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._guidance = guidance
         self._timesteps: Tensor | None = None
+        self._finished: Tensor | None = None
         self._forced: Branch | None = None
         self.context = StepContext()
 
@@ -69,7 +70,9 @@ class Clock:
 
     def reset(self) -> None:
         """Forget the generation: the next pass starts from nothing."""
-        self._timesteps = None
+        if self._timesteps is not None:
+            # A generation that its user stopped early leaves its scheduler in the middle.
+            self._finished, self._timesteps = self._timesteps, None
         self.context = StepContext(generation=self.context.generation)
 
     def tick(self, timestep: Tensor | None) -> StepContext:
@@ -116,6 +119,8 @@ class Clock:
         """(scheduler, index of this call in its timesteps, index of the generation's first call), inside a generation."""
         scheduler = getattr(self.pipeline, "scheduler", None)
         if scheduler is None or getattr(scheduler, "num_inference_steps", None) is None:
+            return None
+        if scheduler.timesteps is self._finished:
             return None
         begin = getattr(scheduler, "begin_index", None) or 0
         index = getattr(scheduler, "step_index", None)

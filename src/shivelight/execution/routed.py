@@ -146,9 +146,9 @@ class Routed(nn.Module):
 
     def kept_counts(self, block: int, batch: int, tokens: int, text_tokens: int) -> tuple[int, ...]:
         """How many tokens each sample keeps in this block now: one number where all agree, else one for each sample."""
+        self.shape = (tokens, text_tokens)
         if self.budget.everything:
             return (tokens,)
-        self.shape = (tokens, text_tokens)
         place = block - self.routed[0]
         context = self.context
         if context.steps is not None:

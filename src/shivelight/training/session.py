@@ -52,6 +52,8 @@ class TokenSession:
         selection_temperature: of the inclusion, as a share of N.
         noise: standard deviation of the noise on the scores; 0 ranks as inference does.
         generator: of the noise.
+        granularity: kept counts are rounded down to multiples of this many tokens, so that a run meets few distinct shapes
+            (matrix kernels are prepared once for each); k stays continuous in the backward pass.
         features: the student's outputs of the blocks that are compared.
     """
 
@@ -63,6 +65,7 @@ class TokenSession:
     selection_temperature: float = 0.1
     noise: float = 0.0
     generator: torch.Generator | None = None
+    granularity: int = 1
     features: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,7 +82,8 @@ class TokenSession:
             if block not in self._drawn:  # drawn once: gradient checkpointing runs the block a second time
                 self._drawn[block] = perturb(torch.zeros_like(scores), self.noise, self.generator)
             scores = scores + self._drawn[block]
-        counts = tuple(keep_count(row[place], tokens) for row in self._ratios_on_host)
+        unit = self.granularity if tokens % self.granularity == 0 else 1
+        counts = tuple(unit * keep_count(row[place], tokens // unit) for row in self._ratios_on_host)
         ranks = soft_rank(scores, self.rank_temperature)
         k = (tokens * self.ratios[:, place]).expand(batch)
         self._inclusion[block] = inclusion(ranks, k, self.selection_temperature, tokens)

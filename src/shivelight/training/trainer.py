@@ -203,7 +203,8 @@ class Trainer:
         session = None
         if self.routed.config.tokens is not None:
             ratios = self._ratios(stage, draw)
-            progress = self.step / max(1, config.total_steps - 1)
+            # Hardened from the first step, a router that starts out wrong may stay so (benchmarks/synthetic.py, check k).
+            progress = (self.step - config.router_steps) / max(1, config.total_steps - config.router_steps)
             session = TokenSession(
                 routed=self.routed.routed,
                 ratios=ratios,
@@ -213,6 +214,7 @@ class Trainer:
                 selection_temperature=anneal(*config.selection_temperature, progress),
                 noise=0.0 if stage == "joint" else config.score_noise,
                 generator=draw.generator,
+                granularity=config.granularity,
             )
         self.routed.session = session
         try:

@@ -1,0 +1,38 @@
+"""Rebuild every embedded file from nothing, in order; each step goes on where it stopped.
+
+    make recipes                       # hours on a CPU
+    python recipes/build.py --full     # where there is a GPU: every emoji, 1,024 tokens, tens of thousands of steps
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from shivelight.demo.pipeline import PIPELINE
+
+HERE = Path(__file__).parent
+
+
+def run(script: str, *arguments: str) -> None:
+    """One recipe as a process of its own."""
+    subprocess.run([sys.executable, str(HERE / script), *arguments], check=True)
+
+
+def main() -> None:
+    """Data, autoencoder, teacher, adapters."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="the full set and 1,024 tokens")
+    parser.add_argument("--work", type=Path, default=Path("build"))
+    args = parser.parse_args()
+    teacher = ["--subset", "full", "--tokens", "1024", "--steps", "60000", "--batch", "256"] if args.full else []
+    run("build_data.py")
+    run("train_autoencoder.py", "--work", str(args.work / "autoencoder"))
+    run("train_teacher.py", "--vae", str(args.work / "autoencoder/vae"), "--work", str(args.work / "teacher"), *teacher)
+    shutil.copytree(args.work / "teacher/pipeline", PIPELINE, dirs_exist_ok=True)
+    run("train_adapters.py", "--work", str(args.work / "adapters"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Train the two shipped adapters for the embedded pipeline: token routing, and the dense baseline tuned the same way.
+
+    python recipes/train_adapters.py --joint-steps 1500      # resumes by itself
+
+Both see the same pictures in the same order with the same losses; the baseline takes the steps of all three stages.
+"""
+
+import argparse
+import dataclasses
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from shivelight.cli import common
+from shivelight.cli.train import run_with_progress
+from shivelight.config import DeltaConfig, RoutingConfig, TokenRouting
+from shivelight.demo import pipeline as embedded
+from shivelight.demo.export import export_images
+from shivelight.training.data import build_cache, read_folder
+from shivelight.training.stages import TrainingConfig
+from shivelight.training.trainer import Trainer
+
+
+def train(name: str, routing: RoutingConfig, config: TrainingConfig, source: Path, work: Path, pictures: int) -> Path:
+    """One adapter into work/NAME/adapter."""
+    # The frozen backbone in bf16: autocast would cast its weights anew in every pass. Routers and deltas stay in fp32.
+    pipe = embedded.open_pipeline(source, common.DEFAULT_DEVICE, torch.bfloat16)
+    images = read_folder(export_images(work / "images", pictures, "train", seed=100_000))
+    with common.progress_bar("encoding", len(images)) as advance:
+        cache = build_cache(pipe, images, work / "cache", 128, embedded.TEXT_TOKENS, lambda done, total: advance())
+    accelerator = Accelerator(mixed_precision="bf16", cpu=common.DEFAULT_DEVICE == "cpu")
+    trainer = Trainer(pipe, routing, config, cache, work / name, accelerator)
+    folder = run_with_progress(trainer)
+    tail = trainer.history[-50:]
+    print({key: round(sum(r[key] for r in tail) / len(tail), 5) for key in tail[-1] if key != "step"})
+    return folder
+
+
+def main() -> None:
+    """Train both and put them beside the embedded pipeline."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--router-steps", type=int, default=100)
+    parser.add_argument("--policy-steps", type=int, default=100)
+    parser.add_argument("--joint-steps", type=int, default=600)
+    parser.add_argument("--pictures", type=int, default=4000)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--pipeline", type=Path, default=embedded.PIPELINE)
+    parser.add_argument("--work", type=Path, default=Path("build/adapters"))
+    parser.add_argument("--out", type=Path, default=embedded.ADAPTER.parent)
+    parser.add_argument("--only", choices=["tokens", "dense-finetuned"])
+    args = parser.parse_args()
+    common.quiet_libraries()
+    config = TrainingConfig(
+        router_steps=args.router_steps, policy_steps=args.policy_steps, joint_steps=args.joint_steps,
+        groups=2, group_size=8, checkpoint_every=50
+    )
+    deltas = DeltaConfig(args.rank, float(args.rank))
+    runs = {
+        "tokens": (RoutingConfig(TokenRouting(), deltas), config),
+        "dense-finetuned": (
+            RoutingConfig(None, deltas),
+            dataclasses.replace(config, router_steps=0, policy_steps=0, joint_steps=config.total_steps),
+        ),
+    }
+    for name, (routing, settings) in runs.items():
+        if args.only in (None, name):
+            folder = train(name, routing, settings, args.pipeline, args.work, args.pictures)
+            shutil.copytree(folder, args.out / name, dirs_exist_ok=True)
+            print(f"{name}: {sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.2f} MB in {args.out / name}")
+
+
+if __name__ == "__main__":
+    main()

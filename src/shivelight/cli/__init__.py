@@ -1,0 +1,40 @@
+"""The command line, one file per command. Errors are one readable line; `--debug` shows the traceback."""
+
+import sys
+from importlib import import_module
+
+import typer
+
+from shivelight.errors import ShivelightError
+
+app = typer.Typer(
+    name="shivelight",
+    help="Make Diffusion Transformers compute only where it matters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+COMMANDS = ("demo", "train", "generate", "evaluate", "report")
+for _command in COMMANDS:
+    _module = import_module(f"shivelight.cli.{_command}")
+    app.command(_command)(getattr(_module, _command))
+
+
+def main() -> None:
+    """Entry point: exit code 0 done, 1 failed, 2 bad usage."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        # Without standalone mode click would not turn bad usage into exit code 2 by itself.
+        app(arguments)
+    except ShivelightError as error:
+        if debug:
+            raise
+        typer.echo(f"shivelight: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        typer.echo("shivelight: interrupted; nothing is left half-written", err=True)
+        sys.exit(1)

@@ -1,0 +1,135 @@
+"""What the commands share: options, quiet libraries, pipelines by name, progress, tables."""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from shivelight.demo import pipeline as embedded
+from shivelight.errors import DataError, ShivelightError
+from shivelight.evaluation.results import write_results
+
+console = Console()
+
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+DeviceOption = Annotated[str, typer.Option(help="Device to run on; cuda where there is one.")]
+PipelineOption = Annotated[
+    str | None, typer.Option(help="Folder or hub id of a diffusers pipeline; the embedded one by default.")
+]
+AdapterOption = Annotated[str | None, typer.Option(help="Folder or hub id of an adapter; the embedded one by default.")]
+DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of the libraries below us would bury ours."""
+    import diffusers
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+
+
+def open_pipeline(source: str | None, device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline of that name on the device; the embedded one for None."""
+    quiet_libraries()
+    check_device(device)
+    if source is None:
+        return embedded.load_pipeline(device, dtype)
+    folder = Path(source)
+    if not folder.is_dir() and (folder.is_absolute() or source.count("/") != 1):
+        raise DataError(f"There is no pipeline folder {source}; check the path, or give a hub id such as owner/name.")
+    missing = _optional_parts(folder) if folder.is_dir() else {}
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype, **missing).to(device)
+    except Exception as error:  # diffusers raises a dozen kinds: files, formats, network, memory
+        raise DataError(f"The pipeline {source} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _optional_parts(folder: Path) -> dict[str, None]:
+    """Components that model_index.json leaves empty (SD3 without T5) must be passed as None."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"{folder} is no diffusers pipeline: its model_index.json cannot be read ({error}).") from error
+    return {name: None for name, entry in index.items() if entry == [None, None]}
+
+
+def check_device(device: str) -> None:
+    """A device that torch knows and this machine has."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ShivelightError(f"The device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def call_options(pipe: Any, source: str | None) -> dict[str, Any]:
+    """Arguments that every call of this pipeline needs: short text for the embedded one and its kin."""
+    tokenizer = getattr(pipe, "tokenizer", None)
+    short = source is None or (tokenizer is not None and tokenizer.model_max_length == embedded.TEXT_TOKENS)
+    return {"max_sequence_length": embedded.TEXT_TOKENS} if short else {}
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Any]:
+    """A progress bar; yields a function that advances it by one, and may change the text."""
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=console, transient=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task(description, total=total)
+        yield lambda text=None: bar.update(task, advance=1, description=f"{description} {text}" if text else description)
+
+
+def say(text: str) -> None:
+    """One line, without rich's markup."""
+    console.print(text, markup=False, highlight=False)
+
+
+def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
+    """The table that people read; the JSON has more."""
+    table = Table(title=title, title_justify="left")
+    heads = ("method", "budget", "steps", "planned", "speed-up", "end to end", "efficiency", "PSNR", "SSIM", "KID x1000", "FD")
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("method", "budget") else "right", no_wrap=True)
+    for row in rows:
+        budget = ", ".join(f"{key} {value:g}" for key, value in row["budget"].items())
+        table.add_row(
+            row["method"], budget, str(row["steps"]), _cell(row, "planned_ratio", 3), _cell(row, "speedup", 2, "x"),
+            _cell(row, "speedup_end_to_end", 2, "x"), _cell(row, "efficiency", 2), _cell(row, "psnr_to_dense", 1),
+            _cell(row, "ssim_to_dense", 3), _cell(row, "kid", 1, scale=1000), _cell(row, "fd", 1),
+        )  # fmt: skip
+    Console(width=max(console.width, 120)).print(table)
+
+
+def _cell(row: dict[str, Any], name: str, digits: int, suffix: str = "", scale: float = 1.0) -> str:
+    return f"{scale * row[name]:.{digits}f}{suffix}" if name in row else ""
+
+
+def save_json(path: Path | None, results: dict[str, Any]) -> None:
+    """Write results where asked."""
+    if path is not None:
+        try:
+            write_results(path, results)
+        except OSError as error:
+            raise ShivelightError(f"The results could not be written to {path}: {error}") from error
+        say(f"results: {path}")

@@ -1,0 +1,93 @@
+"""`shivelight evaluate`: quality, cost and latency of an adapter at several budgets, against its baselines."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import shivelight as sl
+from shivelight.adapter_files import read_deltas
+from shivelight.cli import common
+from shivelight.demo import pipeline as embedded
+from shivelight.demo.data import EmojiData
+from shivelight.errors import DataError
+from shivelight.evaluation.comparison import Comparison, Setting
+from shivelight.evaluation.features import feature_network
+from shivelight.evaluation.images import to_tensor
+from shivelight.evaluation.results import new_results
+from shivelight.evaluation.standard import standard_points, with_fewer_steps
+from shivelight.training.data import load_image, read_folder
+
+
+def evaluate(
+    pipeline: common.PipelineOption = None,
+    adapter: common.AdapterOption = None,
+    finetuned: Annotated[str | None, typer.Option(help="Folder of a dense-finetuned adapter; the embedded one by default.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of captioned images to judge against; the embedded test set by default.")] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="Budgets; repeat the option.")] = None,
+    count: Annotated[int, typer.Option(min=2, help="Captions.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the dense reference.")] = embedded.STEPS,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = embedded.GUIDANCE,
+    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds.")] = 10,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per call while pictures are made.")] = 16,
+    baselines: Annotated[bool, typer.Option(help="Also fixed ratios, random tokens and tokens by norm.")] = True,
+    features: Annotated[str, typer.Option(help="Feature network of KID and FD: efflite0, inception, or none.")] = "efflite0",
+    seed: common.SeedOption = 0,
+    device: common.DeviceOption = common.DEFAULT_DEVICE,
+    json: common.JsonOption = None,
+) -> None:
+    """Compare dense, routed and baselines on the same captions and seeds, timed in turns.
+
+    Example: shivelight evaluate --keep 0.8 --keep 0.6 --keep 0.5 --json evaluate.json
+    """
+    pipe = common.open_pipeline(pipeline, device)
+    sl.load_adapter(pipe, adapter or embedded.ADAPTER)
+    setting = Setting(steps, guidance, seed, batch, common.call_options(pipe, pipeline))
+    comparison = Comparison(pipe, setting)
+    captions, references = judged_on(images, count, pipe)
+    other = finetuned or (str(embedded.FINETUNED) if pipeline is None and embedded.FINETUNED.is_dir() else None)
+    weights = None if other is None else read_deltas(pipe, other)
+    points = standard_points(comparison, keep or [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], weights, baselines)
+    with common.progress_bar("calibrating fewer steps", 1) as advance:
+        points = with_fewer_steps(comparison, points)
+        advance()
+    with common.progress_bar("timing", len(points) * (rounds + 1)) as advance:
+        timings = comparison.time(points, rounds, progress=advance)
+    pictures = {}
+    with common.progress_bar("drawing", len(points) * -(-len(captions) // batch)) as advance:
+        for point in points:
+            pictures[point.name] = comparison.pictures(point, captions, advance)
+    network = None if features == "none" else feature_network(features).to(device)
+    with common.progress_bar("judging", len(points)) as advance:
+        rows = comparison.rows(points, timings, pictures, references, network, advance)
+    results = new_results(
+        seed=seed, device=device, backbone=describe(pipe), split="test" if images is None else str(images),
+        features="EfficientNet-Lite0" if features == "efflite0" else features,
+    )  # fmt: skip
+    results["rows"] = rows
+    common.print_rows(rows, f"{len(captions)} captions, {steps} steps, guidance {guidance:g}, one sample timed, {rounds} rounds")
+    common.save_json(json, results)
+
+
+def judged_on(images: Path | None, count: int, pipe: Any) -> tuple[list[str], torch.Tensor]:
+    """(captions, real pictures [n, 3, H, W] in [0, 1]) of the embedded test set or of a folder."""
+    if images is None:
+        data = EmojiData()
+        chosen = data.captions("test")[:count]
+        return [str(c) for c in chosen], to_tensor([data.render(c, seed) for seed, c in enumerate(chosen)])
+    found = read_folder(images)[:count]
+    if len(found) < 2:
+        raise DataError(f"{images} has {len(found)} captioned images; KID and FD need two or more.")
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    return [i.caption for i in found], torch.stack([(load_image(i.path, side) + 1) / 2 for i in found])
+
+
+def describe(pipe: Any) -> dict[str, Any]:
+    """The backbone, as results.json has it."""
+    config = pipe.transformer.config
+    return {
+        "class": type(pipe.transformer).__name__,
+        "parameters": sum(p.numel() for n, p in pipe.transformer.named_parameters() if not n.startswith("shivelight.")),
+        "tokens": (config.sample_size // config.patch_size) ** 2,
+    }

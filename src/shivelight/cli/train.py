@@ -1,0 +1,128 @@
+"""`shivelight train`: an adapter for a pipeline, from a folder of captioned images."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from accelerate import Accelerator
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from shivelight.cli import common
+from shivelight.config import DeltaConfig, RoutingConfig, TokenRouting
+from shivelight.errors import DataError, TrainingError
+from shivelight.evaluation.results import new_results, new_row
+from shivelight.training.data import build_cache, read_folder
+from shivelight.training.stages import TrainingConfig
+from shivelight.training.trainer import Trainer, estimate
+
+_DEFAULT = TrainingConfig()
+
+
+def train(
+    images: Annotated[Path, typer.Argument(help="Folder of images with captions (name.txt beside each, or metadata.jsonl).")],
+    out: Annotated[Path, typer.Option(help="Folder of checkpoints, log and adapter; a run there is gone on with.")] = Path("runs/adapter"),
+    pipeline: common.PipelineOption = None,
+    method: Annotated[Literal["tokens", "dense-finetuned"], typer.Option(help="Token routing, or the same deltas without it.")] = "tokens",
+    router_steps: Annotated[int, typer.Option(min=0, help="Steps of stage 1: routers.")] = _DEFAULT.router_steps,
+    policy_steps: Annotated[int, typer.Option(min=0, help="Steps of stage 2: routers and policy.")] = _DEFAULT.policy_steps,
+    joint_steps: Annotated[int, typer.Option(min=0, help="Steps of stage 3: everything.")] = _DEFAULT.joint_steps,
+    groups: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = _DEFAULT.groups,
+    group_size: Annotated[int, typer.Option(min=1, help="Samples per micro-batch.")] = _DEFAULT.group_size,
+    rank: Annotated[int, typer.Option(min=0, help="Rank of the DoRA deltas; 0 for none.")] = 8,
+    estimator: Annotated[Literal["residual", "input"], typer.Option(help="Straight-through estimator; input is the paper's.")] = _DEFAULT.estimator,
+    budget: Annotated[Literal["anchor", "loss"], typer.Option(help="Solve for the budget, or the paper's budget loss.")] = _DEFAULT.budget,
+    target: Annotated[float, typer.Option(help="Keep ratio of the budget loss.")] = _DEFAULT.target,
+    ratios: Annotated[Literal["policy", "fixed"], typer.Option(help="Keep ratios per timestep and block, or one for all.")] = "policy",
+    keep_low: Annotated[float, typer.Option(help="Lowest sampled keep ratio.")] = _DEFAULT.keep_low,
+    keep_high: Annotated[float, typer.Option(help="Highest sampled keep ratio.")] = _DEFAULT.keep_high,
+    lr_router: Annotated[float, typer.Option(help="Peak learning rate of the routers.")] = _DEFAULT.lr_router,
+    lr_policy: Annotated[float, typer.Option(help="Peak learning rate of the policy.")] = _DEFAULT.lr_policy,
+    lr_deltas: Annotated[float, typer.Option(help="Peak learning rate of the deltas.")] = _DEFAULT.lr_deltas,
+    flow_weight: Annotated[float, typer.Option(help="Weight of the flow-matching loss beside distillation.")] = _DEFAULT.flow_weight,
+    size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels; the pipeline's own by default.")] = None,
+    max_sequence_length: Annotated[int | None, typer.Option(help="T5 tokens; the pipeline's default if left out.")] = None,
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], typer.Option(help="Autocast.")] = "bf16",
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = _DEFAULT.checkpoint_every,
+    preview_every: Annotated[int, typer.Option(min=0, help="Steps between preview grids; 0 for none.")] = 0,
+    cache: Annotated[Path | None, typer.Option(help="Folder of cached latents; OUT/cache by default.")] = None,
+    log_with: Annotated[str | None, typer.Option(help="An accelerate tracker, such as tensorboard.")] = None,
+    estimate_only: Annotated[bool, typer.Option("--estimate", help="Print time, memory and adapter size, then stop.")] = False,
+    seed: common.SeedOption = 0,
+    device: common.DeviceOption = common.DEFAULT_DEVICE,
+    json: common.JsonOption = None,
+) -> None:
+    """Train an adapter. Resumable: the same command goes on where it stopped, exactly.
+
+    Example: shivelight train photos/ --pipeline stabilityai/stable-diffusion-3.5-medium --out runs/sd35
+    """
+    routed = method == "tokens"
+    config = TrainingConfig(
+        router_steps=router_steps if routed else 0,
+        policy_steps=policy_steps if routed and ratios == "policy" else 0,
+        joint_steps=joint_steps, groups=groups, group_size=group_size, estimator=estimator, budget=budget, target=target,
+        keep_low=keep_low, keep_high=keep_high, lr_router=lr_router, lr_policy=lr_policy, lr_deltas=lr_deltas,
+        flow_weight=flow_weight, checkpoint_every=checkpoint_every, preview_every=preview_every, seed=seed,
+    )  # fmt: skip
+    routing = RoutingConfig(
+        tokens=TokenRouting(ratios=ratios) if routed else None, deltas=DeltaConfig(rank, float(rank)) if rank else None
+    )
+    found = read_folder(images)
+    common.quiet_libraries()
+    common.check_device(device)
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision, cpu=device == "cpu", log_with=log_with, project_dir=str(out) if log_with else None
+    )
+    pipe = common.open_pipeline(pipeline, str(accelerator.device))
+    side = size or pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    text = max_sequence_length or common.call_options(pipe, pipeline).get("max_sequence_length", 256)
+    with accelerator.main_process_first(), common.progress_bar("encoding", len(found)) as advance:
+        latents = build_cache(pipe, found, cache or out / "cache", side, text, lambda done, total: advance())
+    trainer = Trainer(pipe, routing, config, latents, out, accelerator)
+    if estimate_only:
+        figures = estimate(trainer)
+        trainer.close()
+        common.say(
+            f"{figures['steps']:.0f} steps, about {figures['hours']:.2f} hours, {figures['peak_memory_mb']:.0f} MB peak memory, "
+            f"adapter {figures['adapter_mb']:.2f} MB"
+        )
+        if json is not None:
+            results = new_results(seed=seed, device=device, backbone={"class": type(pipe.transformer).__name__}, estimate=figures)
+            common.save_json(json, results)
+        return
+    if log_with:
+        accelerator.init_trackers("shivelight")
+    folder = run_with_progress(trainer)
+    accelerator.end_training()
+    common.say(f"adapter: {folder}")
+    if json is not None and accelerator.is_main_process:
+        results = new_results(
+            seed=seed, device=device, backbone={"class": type(pipe.transformer).__name__}, losses=trainer.history
+        )
+        results["rows"] = [new_row(method, steps=None)]
+        common.save_json(json, results)
+
+
+def run_with_progress(trainer: Trainer) -> Path:
+    """Run to the end behind a bar with loss, mean keep and the time left."""
+    if not len(trainer.cache):
+        raise DataError("The data set is empty.")
+    total = trainer.config.total_steps
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=common.console, disable=not trainer.accelerator.is_main_process,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("training", total=total)
+
+        def on_step(record: dict[str, float]) -> None:
+            stage = trainer.config.stage(max(0, int(record["step"]) - 1))[0]
+            keep = f" keep {record['keep']:.2f}" if "keep" in record else ""
+            bar.update(task, completed=record["step"], description=f"{stage}: loss {record['loss']:.4f}{keep}")
+
+        try:
+            return trainer.run(on_step)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                "The device ran out of memory. Use --group-size 1, --mixed-precision bf16 or a smaller --size; the run goes on "
+                "from its last checkpoint."
+            ) from error

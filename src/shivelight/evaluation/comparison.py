@@ -1,0 +1,257 @@
+"""One comparison of methods on one pipeline: same captions, same seeds, timed in turns, judged against the dense images.
+
+An operating point is a method at a budget and a step count. Every ratio is of a whole generation to the dense one at the
+reference number of steps, so fewer sampling steps stand in the same table as everything else.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from shivelight.adapter import backbone_of, planned_ratio, routed_of, set_budget
+from shivelight.errors import ShivelightError
+from shivelight.evaluation.distribution import fd, kid
+from shivelight.evaluation.features import extract_features
+from shivelight.evaluation.fidelity import fidelity_to_dense
+from shivelight.evaluation.latency import ModuleClock, Timings, interleave, peak_memory_mb, synchronize
+from shivelight.evaluation.results import new_row
+from shivelight.execution.folding import FoldedWeights
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods share.
+
+    Attributes:
+        steps: of the dense reference.
+        guidance: classifier-free guidance scale.
+        seed: caption i starts from the noise of seed + i.
+        batch: samples per call while pictures are made; timing runs one sample.
+        options: further arguments of the pipeline call.
+    """
+
+    steps: int = 25
+    guidance: float = 4.0
+    seed: int = 0
+    batch: int = 16
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A method at a budget and a step count.
+
+    Attributes:
+        method: its name in results.json.
+        budget: {"keep": 0.6}, or {} where there is none.
+        steps: sampling steps.
+        state: context manager that puts the pipeline into the state of the method.
+    """
+
+    method: str
+    budget: dict[str, float]
+    steps: int
+    state: Callable[[], AbstractContextManager[Any]]
+
+    @property
+    def name(self) -> str:
+        """A name of its own within one comparison."""
+        budget = "".join(f" {key} {value:g}" for key, value in self.budget.items())
+        return f"{self.method}{budget} {self.steps} steps"
+
+
+class Comparison:
+    """Runs operating points on a pipeline with an adapter attached.
+
+    Args:
+        pipe: an attached pipeline.
+        setting: what all methods share.
+    """
+
+    def __init__(self, pipe: Any, setting: Setting) -> None:
+        self.pipe, self.setting = pipe, setting
+        self.routed = routed_of(pipe)
+        self.backbone = backbone_of(pipe)
+
+    def dense(self, steps: int | None = None) -> OperatingPoint:
+        """The untouched model; with fewer steps than the reference, the peer that costs nothing."""
+        steps = steps or self.setting.steps
+        name = "dense" if steps == self.setting.steps else "fewer-steps"
+        return OperatingPoint(name, {}, steps, lambda: self.routed.switched(False))
+
+    def tokens(self, keep: float, method: str = "tokens", **variant: Any) -> OperatingPoint:
+        """Token routing at a budget, or a variant of it on the same weights (scores="random", ratios="fixed")."""
+
+        @contextmanager
+        def state() -> Iterator[None]:
+            before = self.routed.budget
+            with self.routed.variant(**variant):
+                set_budget(self.pipe, keep=keep)
+                try:
+                    yield
+                finally:
+                    self.routed.budget = before
+
+        return OperatingPoint(method, {"keep": keep}, self.setting.steps, state)
+
+    def finetuned(self, weights: FoldedWeights) -> OperatingPoint:
+        """The dense model with other deltas: the same training without routing."""
+
+        @contextmanager
+        def state() -> Iterator[None]:
+            with self.routed.switched(False):
+                weights.apply(True)
+                try:
+                    yield
+                finally:
+                    weights.apply(False)
+
+        return OperatingPoint("dense-finetuned", {}, self.setting.steps, state)
+
+    def at_same_latency(self, points: Sequence[OperatingPoint], rounds: int = 3, progress: Progress | None = None) -> list[OperatingPoint]:
+        """Dense with as many steps as fit into each point's measured time: the peers to beat, one for each step count."""
+        timings = self.time([self.dense(), *points], rounds, warmup=1, progress=progress)
+        counts = {round(self.setting.steps / timings.speedup(point.name, self.dense().name).value) for point in points}
+        return [self.dense(steps) for steps in sorted(counts, reverse=True) if 0 < steps < self.setting.steps]
+
+    def time(self, points: Sequence[OperatingPoint], rounds: int, warmup: int = 1, progress: Progress | None = None) -> Timings:
+        """One-sample generations, in turns; the backbone's share is timed inside."""
+        runs = {point.name: self._timed_run(point) for point in points}
+        if len(runs) != len(points):
+            raise ShivelightError("Two operating points of one comparison have the same name; each may appear once.")
+        clock = ModuleClock(self.backbone)
+        return interleave(runs, rounds, warmup, synchronize(self.pipe.device), clock, progress)
+
+    def _timed_run(self, point: OperatingPoint) -> Callable[[], object]:
+        def run() -> None:
+            with point.state():
+                self.call(["a picture"], point.steps)
+
+        return run
+
+    def call(self, captions: Sequence[str], steps: int, first_seed: int | None = None) -> Tensor:
+        """Pictures [n, 3, H, W] in [0, 1] of some captions, in the state that is in force."""
+        setting = self.setting
+        start = setting.seed if first_seed is None else first_seed
+        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(captions))]
+        images = self.pipe(
+            list(captions), num_inference_steps=steps, guidance_scale=setting.guidance, generator=seeds,
+            output_type="pt", **setting.options,
+        ).images  # fmt: skip
+        return images.float().clamp(0, 1).cpu()
+
+    def pictures(self, point: OperatingPoint, captions: Sequence[str], progress: Progress | None = None) -> Tensor:
+        """All captions at one operating point [n, 3, H, W]."""
+        parts = []
+        with point.state():
+            for first in range(0, len(captions), self.setting.batch):
+                part = captions[first : first + self.setting.batch]
+                parts.append(self.call(part, point.steps, self.setting.seed + first))
+                if progress is not None:
+                    progress(point.name)
+        return torch.cat(parts)
+
+    def counted_flops(self, point: OperatingPoint) -> int:
+        """FLOPs of the backbone in one generation, counted by torch while it runs (matrix products)."""
+        name = type(self.backbone).__name__
+        with point.state(), FlopCounterMode(display=False) as counter:
+            self.call(["a picture"], point.steps)
+        return sum(counter.get_flop_counts()[name].values())
+
+    def planned(self, point: OperatingPoint) -> float:
+        """Planned FLOPs of the blocks in one generation over those of the dense reference."""
+        if "keep" not in point.budget:
+            return point.steps / self.setting.steps
+        with point.state():
+            return planned_ratio(self.pipe, point.steps) * point.steps / self.setting.steps
+
+    def rows(
+        self,
+        points: Sequence[OperatingPoint],
+        timings: Timings,
+        pictures: dict[str, Tensor],
+        references: Tensor | None = None,
+        network: torch.nn.Module | None = None,
+        progress: Progress | None = None,
+    ) -> list[dict[str, Any]]:
+        """Rows of results.json; the first point must be the dense reference.
+
+        Args:
+            points: in the order of the table.
+            timings: from `time`.
+            pictures: by the points' names.
+            references: real pictures [m, 3, H, W] for KID and FD, or None.
+            network: feature network for them.
+            progress: told each point's name.
+        """
+        reference = points[0]
+        dense_flops = self.counted_flops(reference)
+        real = None if references is None or network is None else extract_features(references, network)
+        rows = []
+        for point in points:
+            planned = self.planned(point)
+            speedup = timings.speedup(point.name, reference.name, inner=True, seed=self.setting.seed)
+            figures: dict[str, Any] = {
+                "steps": point.steps, "batch": 1, "guidance": self.setting.guidance,
+                "dtype": str(self.backbone.dtype).removeprefix("torch."), "compiled": False,
+                "planned_ratio": planned, "flops_ratio": self.counted_flops(point) / dense_flops,
+                "latency_ms": timings.latency_ms(point.name), "speedup": speedup,
+                "speedup_end_to_end": timings.speedup(point.name, reference.name, seed=self.setting.seed),
+                "efficiency": replace(
+                    speedup, value=speedup.value * planned, low=speedup.low * planned, high=speedup.high * planned
+                ),
+                "peak_memory_mb": peak_memory_mb(self._timed_run(point), self.pipe.device),
+                "samples": len(pictures[point.name]),
+            }  # fmt: skip
+            if point is not reference:
+                figures |= fidelity_to_dense(pictures[point.name], pictures[reference.name], self.setting.seed).estimates()
+            if real is not None and network is not None:
+                features = extract_features(pictures[point.name], network)
+                figures |= {"kid": kid(real, features), "fd": fd(real, features)}
+            rows.append(new_row(point.method, point.budget, **figures))
+            if progress is not None:
+                progress(point.name)
+        return rows
+
+
+class KeptTokens:
+    """An `Observer` that remembers which tokens each block ran at each step, for one sample of the batch.
+
+    Args:
+        routed: state of the attached backbone.
+        sample: index in the batch; the conditional half comes second under batched guidance.
+    """
+
+    def __init__(self, routed: Any, sample: int = -1) -> None:
+        self.routed, self.sample = routed, sample
+        self.masks: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(self, block: int, x: Tensor, out: Tensor, kept: Tensor | None) -> None:
+        """Note the mask [N] of kept tokens."""
+        mask = torch.ones(x.shape[1], dtype=torch.bool)
+        if kept is not None:
+            mask = torch.zeros(x.shape[1], dtype=torch.bool)
+            mask[kept[self.sample].cpu()] = True
+        self.masks[self.routed.context.step, block] = mask
+
+    @contextmanager
+    def watching(self) -> Iterator["KeptTokens"]:
+        """Observe every pass in this block."""
+        with ExitStack() as stack:
+            previous, self.routed.observer = self.routed.observer, self
+            stack.callback(setattr, self.routed, "observer", previous)
+            yield self
+
+    def array(self) -> Tensor:
+        """[steps, blocks, side, side] bool; square pictures only."""
+        steps, blocks = 1 + max(s for s, _ in self.masks), sorted({b for _, b in self.masks})
+        flat = torch.stack([torch.stack([self.masks[step, block] for block in blocks]) for step in range(steps)])
+        side = round(flat.shape[-1] ** 0.5)
+        return flat.reshape(steps, len(blocks), side, side)

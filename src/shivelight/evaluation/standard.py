@@ -1,0 +1,34 @@
+"""The standard table: dense, dense fine-tuned, token routing, its baselines, and fewer steps at the same latency."""
+
+from collections.abc import Sequence
+
+from shivelight.evaluation.comparison import Comparison, OperatingPoint
+from shivelight.execution.folding import FoldedWeights
+
+
+def standard_points(
+    comparison: Comparison, keeps: Sequence[float], finetuned: FoldedWeights | None, baselines: bool = True
+) -> list[OperatingPoint]:
+    """Dense first, then every budget; fewer steps are added by `with_fewer_steps`, once latencies are known.
+
+    The baselines run on the tuned weights of the adapter, which were trained for the learned router: that favours them over
+    the same baselines on the backbone's own weights.
+    """
+    points = [comparison.dense()]
+    if finetuned is not None:
+        points.append(comparison.finetuned(finetuned))
+    for keep in keeps:
+        points.append(comparison.tokens(keep))
+        if baselines:
+            points += [
+                comparison.tokens(keep, "fixed", ratios="fixed"),
+                comparison.tokens(keep, "random", scores="random", ratios="fixed"),
+                comparison.tokens(keep, "norm", scores="norm", ratios="fixed"),
+            ]
+    return points
+
+
+def with_fewer_steps(comparison: Comparison, points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
+    """`points`, and dense with as many steps as fit into the measured time of each routed one."""
+    routed = [point for point in points if point.method == "tokens"]
+    return [*points, *comparison.at_same_latency(routed)]

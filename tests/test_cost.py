@@ -1,0 +1,85 @@
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft import LoraConfig
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from shivelight import UnsupportedBackboneError
+from shivelight.backbones import Streams, find_spec
+from shivelight.cost import BlockCost, backbone_costs, block_cost, planned_ratio, step_flops
+
+
+def counted_flops(model: SD3Transformer2DModel, side: int, text_tokens: int) -> list[int]:
+    """FLOPs of each block, by torch's own counter; one sample, side x side latents."""
+    counter = FlopCounterMode(display=False)
+    # Only the plain implementation's products are counted on a CPU.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(
+            hidden_states=torch.randn(1, 4, side, side),
+            encoder_hidden_states=torch.randn(1, text_tokens, 32),
+            pooled_projections=torch.randn(1, 32),
+            timestep=torch.tensor([500.0]),
+        )
+    counts = counter.get_flop_counts()
+    return [
+        sum(counts[f"{type(model).__name__}.transformer_blocks.{i}"].values())
+        for i in range(len(model.transformer_blocks))
+    ]
+
+
+@pytest.mark.parametrize(("side", "text_tokens"), [(16, 16), (16, 1), (8, 40), (2, 3)])
+def test_every_blocks_plan_is_what_torch_counts(pipe: StableDiffusion3Pipeline, side: int, text_tokens: int) -> None:
+    model = pipe.transformer  # dual attention in blocks 0 and 1, context_pre_only in the last
+    planned = [c.flops((side // 2) ** 2, text_tokens) for c in backbone_costs(model, find_spec(model))]
+    assert planned == counted_flops(model, side, text_tokens)
+
+
+def test_the_plan_of_wider_heads_is_what_torch_counts() -> None:
+    model = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
+        num_attention_heads=3, joint_attention_dim=32, caption_projection_dim=48, pooled_projection_dim=32,
+        pos_embed_max_size=16,
+    )  # fmt: skip
+    planned = [c.flops(64, 7) for c in backbone_costs(model, find_spec(model))]
+    assert planned == counted_flops(model, 16, 7)
+
+
+def test_a_lora_does_not_change_the_plan(pipe: StableDiffusion3Pipeline) -> None:
+    spec = find_spec(pipe.transformer)
+    before = backbone_costs(pipe.transformer, spec)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0", "ff.net.2"]))
+    assert backbone_costs(pipe.transformer, spec) == before
+
+
+def test_a_blocks_cost_is_the_stated_formula() -> None:
+    cost = BlockCost(image_weights=10, text_weights=3, sample_weights=7, joint_width=2, image_width=5)
+    assert cost.flops(6, 4) == 2 * (10 * 6 + 3 * 4 + 7) + 4 * (2 * 10**2 + 5 * 6**2)
+    assert cost.bytes_moved(6, 4, width=8, element_size=2) == 2 * (20 + 2 * 8 * 10)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 4)
+
+
+def test_a_linear_layer_that_is_forgotten_or_claimed_twice_is_an_error() -> None:
+    assert block_cost(Block(), Streams(image=("first",), text=("second",))).text_weights == 32
+    with pytest.raises(UnsupportedBackboneError, match="'second' of Block is claimed by no stream"):
+        block_cost(Block(), Streams(image=("first",)))
+    with pytest.raises(UnsupportedBackboneError, match="'second'.*image.*text"):
+        block_cost(Block(), Streams(image=("*",), text=("second",)))
+
+
+def test_the_planned_ratio_is_the_share_of_the_dense_flops() -> None:
+    costs = [BlockCost(10, 1, 1, 4, 0), BlockCost(20, 1, 1, 4, 4), BlockCost(30, 1, 1, 4, 0)]
+    rows = ((8, 4), (16, 2))
+    dense = 2 * sum(c.flops(16, 3) for c in costs)
+    expected = sum(costs[0].flops(16, 3) + costs[1].flops(a, 3) + costs[2].flops(b, 3) for a, b in rows)
+    assert planned_ratio(costs, rows, (1, 2), 16, 3) == expected / dense
+    assert planned_ratio(costs, ((16, 16),), (1, 2), 16, 3) == 1.0
+    assert step_flops(costs, (16, 8, 4), 3) == expected - step_flops(costs, (16, 16, 2), 3)
+    with pytest.raises(ValueError):
+        step_flops(costs, (16, 8), 3)
