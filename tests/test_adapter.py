@@ -65,10 +65,14 @@ def test_attaching_returns_the_model_and_says_what_it_added(pipe: StableDiffusio
     routed = pipe.transformer.shivelight
     assert routed.routed == (1, 2, 3) and sorted(routed.router.pairs) == ["1_2", "3"]
     # No name that a LoRA's usual targets would match.
-    assert not [n for n, _ in routed.named_modules() if n.endswith(("to_q", "to_k", "to_v", "proj", "net.2", "linear_1"))]
+    assert not [
+        n for n, _ in routed.named_modules() if n.endswith(("to_q", "to_k", "to_v", "proj", "net.2", "linear_1"))
+    ]
 
 
-def test_attaching_again_replaces_and_detaching_again_is_harmless(pipe: StableDiffusion3Pipeline, sample: Sample) -> None:
+def test_attaching_again_replaces_and_detaching_again_is_harmless(
+    pipe: StableDiffusion3Pipeline, sample: Sample
+) -> None:
     expected = sample(pipe, PROMPTS)
     sl.attach(pipe)
     first = pipe.transformer.shivelight
@@ -185,7 +189,9 @@ def test_verbs_on_a_bare_model_say_to_attach(pipe: StableDiffusion3Pipeline, ver
 
 @pytest.mark.parametrize("kind", ["keep", "compute"])
 @pytest.mark.parametrize("value", [0, 0.0, 1.1, -0.5, math.nan, math.inf, "0.5"])
-def test_a_bad_budget_is_refused_and_the_old_one_stays(pipe: StableDiffusion3Pipeline, kind: str, value: object) -> None:
+def test_a_bad_budget_is_refused_and_the_old_one_stays(
+    pipe: StableDiffusion3Pipeline, kind: str, value: object
+) -> None:
     sl.set_budget(sl.attach(pipe), keep=0.5)
     with pytest.raises(sl.BudgetError, match=rf"{kind} is {value!r}.*\(0, 1\]"):
         sl.set_budget(pipe, **{kind: value})

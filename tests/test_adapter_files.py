@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import shivelight as sl
-from shivelight.adapter_files import CONFIG_NAME, WEIGHTS_NAME, model_card
+from shivelight.adapter_files import CONFIG_NAME, WEIGHTS_NAME, model_card, read_deltas
 from shivelight.execution.folding import Delta
 
 Sample = Callable[..., Tensor]
@@ -32,7 +32,9 @@ def trained(pipe: StableDiffusion3Pipeline, seed: int = 3, keep: float = 0.5) ->
     deltas = {}
     for name in TUNED:
         weight = model.get_submodule(name).weight
-        deltas[name] = Delta(torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2), weight.detach().norm(dim=1) * 2)
+        deltas[name] = Delta(
+            torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2), weight.detach().norm(dim=1) * 2
+        )
     model.shivelight.set_deltas(model, deltas)
     with torch.no_grad():
         model.shivelight.policy.time_out.normal_(std=0.3)
@@ -136,6 +138,24 @@ def test_a_second_load_replaces_the_first(
     assert not torch.allclose(sample(pipe, PROMPTS), expected, atol=1e-3)
     sl.set_budget(sl.load_adapter(pipe, second), keep=0.5)
     assert torch.equal(sample(pipe, PROMPTS), expected)
+
+
+def test_deltas_are_read_without_attaching_and_from_the_backbones_own_weights(
+    pipe: StableDiffusion3Pipeline, sample: Sample, folder: Path, tmp_path: Path
+) -> None:
+    dense = sample(pipe, PROMPTS)
+    sl.load_adapter(pipe, folder)
+    expected = sample(pipe, PROMPTS)
+    while_attached = read_deltas(pipe, folder)
+    sl.detach(pipe)
+    for folded in (read_deltas(pipe, folder), while_attached):
+        folded.apply(True)
+        assert torch.equal(sample(pipe, PROMPTS), expected)
+        folded.apply(False)
+        assert torch.equal(sample(pipe, PROMPTS), dense)
+    sl.save_adapter(sl.attach(pipe), tmp_path / "without")
+    with pytest.raises(sl.AdapterError, match="without has no DoRA deltas"):
+        read_deltas(pipe, tmp_path / "without")
 
 
 def test_the_model_card_names_the_base_and_the_way_to_load(folder: Path) -> None:
@@ -253,7 +273,9 @@ def test_a_bad_adapter_is_refused_and_the_model_stays_as_it_was(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("case", ["a router with NaN", "a delta of another shape", "fewer routers", "half of the weights"])
+@pytest.mark.parametrize(
+    "case", ["a router with NaN", "a delta of another shape", "fewer routers", "half of the weights"]
+)
 def test_a_bad_adapter_does_not_take_the_good_one_off(
     pipe: StableDiffusion3Pipeline, sample: Sample, folder: Path, case: str
 ) -> None:

@@ -56,7 +56,15 @@ def test_a_bad_token_setting_names_the_field_and_the_value(name: str, value: obj
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("rank", 0), ("rank", 2.0), ("rank", "8"), ("alpha", 0.0), ("alpha", -1.0), ("alpha", math.nan), ("alpha", math.inf)],
+    [
+        ("rank", 0),
+        ("rank", 2.0),
+        ("rank", "8"),
+        ("alpha", 0.0),
+        ("alpha", -1.0),
+        ("alpha", math.nan),
+        ("alpha", math.inf),
+    ],
 )
 def test_a_bad_delta_setting_names_the_field(name: str, value: object) -> None:
     with pytest.raises(AdapterError, match=name):

@@ -205,9 +205,7 @@ def test_3_a_batch_of_three_is_three_batches_of_one(
     assert not torch.allclose(together[0], together[1], atol=0.1)
 
 
-def test_3_skip_layer_guidance_pairs_nothing_that_is_not_a_pair(
-    pipe: StableDiffusion3Pipeline, sample: Sample
-) -> None:
+def test_3_skip_layer_guidance_pairs_nothing_that_is_not_a_pair(pipe: StableDiffusion3Pipeline, sample: Sample) -> None:
     route(pipe)
     options = {"skip_guidance_layers": [2], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.9}
     routed, seen = pipe.transformer.shivelight, []
@@ -330,7 +328,9 @@ def test_5_a_keep_budget_is_met_from_below_and_known_before(
         planned = sl.current_schedule(pipe, steps)
         entries = TOKENS * steps * 3
         assert keep * entries - 1 < planned.total <= keep * entries + 1e-6
-        assert followed(pipe, lambda: sample(pipe, ["cat"], steps=steps)) == [list(row) for row in planned.keep]
+        assert followed(pipe, lambda steps=steps: sample(pipe, ["cat"], steps=steps)) == [
+            list(row) for row in planned.keep
+        ]
         assert sl.current_schedule(pipe) == planned
 
 
@@ -347,7 +347,9 @@ def test_5_a_compute_budget_is_met_from_below_and_known_before(
         dense = step_flops(costs, [TOKENS] * 4, TEXT_TOKENS) * steps
         unit = max(c.flops(TOKENS, TEXT_TOKENS) - c.flops(TOKENS - 1, TEXT_TOKENS) for c in costs)
         assert compute - unit / dense < ratio <= compute
-        assert followed(pipe, lambda: sample(pipe, ["cat"], steps=steps)) == [list(row) for row in planned.keep]
+        assert followed(pipe, lambda steps=steps: sample(pipe, ["cat"], steps=steps)) == [
+            list(row) for row in planned.keep
+        ]
 
 
 @pytest.mark.parametrize("budget", [{"keep": 1.0}, {"keep": 0.6}, {"compute": 0.55}])

@@ -6,6 +6,7 @@ Never a copy of the backbone, never a pickle. Files are written under a temporar
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 

@@ -171,7 +171,9 @@ def test_timesteps_from_0_to_1_are_read_on_the_same_grid() -> None:
         model.shivelight.policy.time_out.normal_()
     sl.set_budget(model, keep=0.5)
     counts = []
-    model.shivelight.observer = lambda block, x, out, kept: counts.append(out.shape[1] if kept is None else kept.shape[1])
+    model.shivelight.observer = lambda block, x, out, kept: counts.append(
+        out.shape[1] if kept is None else kept.shape[1]
+    )
     for time in (0.05, 0.95):
         model(torch.randn(1, 10, 8), torch.tensor([time]), torch.randn(1, 10, 8))
     table = sl.current_schedule(model)

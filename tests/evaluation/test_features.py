@@ -35,7 +35,8 @@ def photo() -> torch.Tensor:
 def test_it_recognises_a_military_uniform(network, photo):
     logits = network.classify(photo)
     assert int(logits.argmax()) == 652  # ImageNet: military uniform
-    assert float(logits.softmax(1)[0, 652]) > 0.25
+    # As loaded and checked against the checkpoint's own statistics below; a wrong activation or epsilon moves it.
+    assert float(logits.softmax(1)[0, 652]) == pytest.approx(0.3225, abs=0.005)
 
 
 def test_preprocessing_matches_the_statistics_in_the_checkpoint(network, photo):

@@ -40,7 +40,9 @@ def test_every_step_is_counted_and_a_new_generation_starts_from_nothing(pipe: St
     ("guidance", "branches"),
     [("batched", ["both", "single", "single"]), ("separate", ["cond", "uncond", "single"]), ("none", ["single"] * 3)],
 )
-def test_the_passes_of_a_step_are_told_apart(pipe: StableDiffusion3Pipeline, guidance: str, branches: list[str]) -> None:
+def test_the_passes_of_a_step_are_told_apart(
+    pipe: StableDiffusion3Pipeline, guidance: str, branches: list[str]
+) -> None:
     clock = Clock(pipe, guidance)
     started(pipe)
     for step in range(3):

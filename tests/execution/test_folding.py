@@ -35,7 +35,9 @@ def test_folded_weights_are_pefts_own_dora_merge(pipe: StableDiffusion3Pipeline)
     before = {name: model.get_submodule(name).weight.detach().clone() for name in names}
     # The spec's pattern finds every attention and MLP linear: 6 + 2 a joint attention, 4 a dual one, 2 an MLP.
     assert len(names) == 3 * 8 + 7 + 2 * 4 + 4 * 2 + 3 * 2 and not [n for n in names if "norm" in n]
-    config = LoraConfig(r=3, lora_alpha=5.0, target_modules=sd3.SPEC.delta_targets, use_dora=True, init_lora_weights=True)
+    config = LoraConfig(
+        r=3, lora_alpha=5.0, target_modules=sd3.SPEC.delta_targets, use_dora=True, init_lora_weights=True
+    )
     inject_adapter_in_model(config, model, adapter_name="theirs")
     generator = torch.Generator().manual_seed(1)
     deltas = {}
@@ -45,7 +47,9 @@ def test_folded_weights_are_pefts_own_dora_merge(pipe: StableDiffusion3Pipeline)
         with torch.no_grad():
             up.copy_(torch.randn(up.shape, generator=generator))
             magnitude.mul_(1 + 0.3 * torch.rand(magnitude.shape, generator=generator))
-        deltas[name] = Delta(layer.lora_A["theirs"].weight.detach().clone(), up.detach().clone(), magnitude.detach().clone())
+        deltas[name] = Delta(
+            layer.lora_A["theirs"].weight.detach().clone(), up.detach().clone(), magnitude.detach().clone()
+        )
 
     folded = FoldedWeights(model, deltas, scale=5.0 / 3)
     folded.apply(True)

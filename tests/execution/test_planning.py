@@ -10,7 +10,12 @@ from shivelight.cost import BlockCost, step_flops
 from shivelight.execution.planning import Budget, Planner
 from shivelight.routing import RatioPolicy, uniform_schedule
 
-COSTS = [BlockCost(120, 60, 30, 8, 8), BlockCost(120, 60, 30, 8, 8), BlockCost(90, 60, 30, 8, 0), BlockCost(90, 10, 30, 8, 0)]
+COSTS = [
+    BlockCost(120, 60, 30, 8, 8),
+    BlockCost(120, 60, 30, 8, 8),
+    BlockCost(90, 60, 30, 8, 0),
+    BlockCost(90, 10, 30, 8, 0),
+]
 TOKENS, TEXT = 64, 5
 
 
@@ -37,14 +42,18 @@ def test_a_budget_outside_0_to_1_is_refused(value: object) -> None:
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 12), st.floats(0.02, 1.0), st.integers(0, 50), st.floats(0, 3))
 def test_a_keep_budget_is_met_from_below_within_one_token(count: int, keep: float, seed: int, spread: float) -> None:
-    schedule = Planner(COSTS, (1, 2, 3)).schedule(shaped_policy(seed, spread), Budget("keep", keep), steps(count), TOKENS, TEXT)
+    schedule = Planner(COSTS, (1, 2, 3)).schedule(
+        shaped_policy(seed, spread), Budget("keep", keep), steps(count), TOKENS, TEXT
+    )
     entries = TOKENS * count * 3
     assert keep * entries - 1 < schedule.total <= keep * entries * (1 + 1e-9)
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 12), st.floats(0.35, 1.0), st.integers(0, 50), st.floats(0, 3))
-def test_a_compute_budget_is_met_from_below_within_one_token(count: int, share: float, seed: int, spread: float) -> None:
+def test_a_compute_budget_is_met_from_below_within_one_token(
+    count: int, share: float, seed: int, spread: float
+) -> None:
     planner = Planner(COSTS, (1, 2, 3))
     schedule = planner.schedule(shaped_policy(seed, spread), Budget("compute", share), steps(count), TOKENS, TEXT)
     dense = step_flops(COSTS, [TOKENS] * 4, TEXT) * count
@@ -87,7 +96,11 @@ def test_a_solved_schedule_is_kept_until_the_policy_changes() -> None:
     planner, policy = Planner(COSTS, (1, 2, 3)), shaped_policy()
     first = planner.schedule(policy, Budget("keep", 0.5), steps(4), TOKENS, TEXT)
     assert planner.schedule(policy, Budget("keep", 0.5), steps(4), TOKENS, TEXT) is first
-    others = [(Budget("keep", 0.4), steps(4), TOKENS), (Budget("keep", 0.5), steps(5), TOKENS), (Budget("keep", 0.5), steps(4), 32)]
+    others = [
+        (Budget("keep", 0.4), steps(4), TOKENS),
+        (Budget("keep", 0.5), steps(5), TOKENS),
+        (Budget("keep", 0.5), steps(4), 32),
+    ]
     assert all(planner.schedule(policy, *other, TEXT) != first for other in others)
     with torch.no_grad():
         policy.layer_out.mul_(-2)

@@ -17,7 +17,7 @@ def test_what_was_not_measured_is_empty_and_unmeasured_columns_are_left_out(resu
     table = results_table(results)
     heads = [head for head, _ in table.heads]
     assert "FD-EffLite0" not in heads and "SSIM to dense" not in heads and "Peak memory" not in heads
-    assert column(table, "KID-EffLite0")["cache-dit"].text == ""
+    assert column(table, "KID-EffLite0 x1000")["cache-dit"].text == ""
     assert column(table, "PSNR to dense")["dense"].text == ""
 
 
@@ -25,6 +25,9 @@ def test_cells_carry_their_spread(results):
     table = results_table(results)
     cell = column(table, "PSNR to dense")["tokens0.6"]
     assert (cell.text, cell.spread) == ("22.0", "[21.5, 22.5]")
+    results["rows"][2]["ci95"]["kid"] = [0.0184, 0.0216]
+    cell = column(results_table(results), "KID-EffLite0 x1000")["tokens0.8"]
+    assert (cell.text, cell.spread) == ("20.0", "[18.4, 21.6]")
     cell = column(table, "FLOPs of dense")["tokens0.6"]
     assert (cell.text, cell.spread) == ("0.600", "0.610")
     cell = column(table, "Latency, ms")["tokens0.6"]
@@ -33,8 +36,8 @@ def test_cells_carry_their_spread(results):
 
 
 def test_distances_are_named_after_their_network(results):
-    assert [metric.title for metric in quality_metrics(results)] == ["PSNR to dense", "KID-EffLite0"]
-    assert quality_metrics(results | {"feature_network": "Inception"})[1].title == "KID-Inception"
+    assert [metric.title for metric in quality_metrics(results)] == ["PSNR to dense", "KID-EffLite0 x1000"]
+    assert quality_metrics(results | {"feature_network": "Inception"})[1].title == "KID-Inception x1000"
 
 
 def test_equal_latency_interpolates_fewer_steps_and_says_who_is_ahead(results):
@@ -49,7 +52,7 @@ def test_equal_latency_interpolates_fewer_steps_and_says_who_is_ahead(results):
 
     results["rows"][2]["kid"] = 0.00105
     better = next(item for item in equal_latency(results) if item.metric.key == "kid")
-    assert better.verdict == "routing by 0.0102"
+    assert better.verdict == "routing by 10.2"
 
 
 def test_equal_latency_table_has_a_row_for_each_of_ours(results):

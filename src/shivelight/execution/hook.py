@@ -147,8 +147,8 @@ class BlockHook(ModelHook):
             half = x.shape[0] // 2
             if x.shape[0] != 2 * half:
                 raise ShivelightError(
-                    f"A guided batch holds unconditional and conditional halves, but this one has {x.shape[0]} samples. "
-                    "For passes that are no pipeline's, say what they are with shivelight.branch(model, 'single')."
+                    f"A guided batch has an unconditional and a conditional half, but this one has {x.shape[0]} samples. "
+                    "For passes of your own, say what they are with shivelight.branch(model, 'single')."
                 )
             if self._combines_both():
                 scores = routed.scores(self.block, x)

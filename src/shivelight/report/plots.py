@@ -90,16 +90,17 @@ def quality_latency(results: Mapping[str, Any], metric: Metric) -> Figure | None
     for (method, steps), members in _curves(rows).items():
         members = sorted(members, key=lambda row: row["latency_ms"]["median"])
         x = [row["latency_ms"]["median"] for row in members]
-        y = [row[metric.key] for row in members]
+        y = [metric.scale * row[metric.key] for row in members]
         style = styles[method]
         _draw_curve(axes, x, y, style, _curve_label(rows, method, steps))
         for row, right, up in zip(members, x, y, strict=True):
-            latency, interval = row["latency_ms"], row.get("ci95", {}).get(metric.key, (up, up))
+            latency = row["latency_ms"]
+            low, high = row.get("ci95", {}).get(metric.key, (row[metric.key], row[metric.key]))
             axes.errorbar(
                 right,
                 up,
                 xerr=[[right - latency["p10"]], [latency["p90"] - right]],
-                yerr=[[up - interval[0]], [interval[1] - up]],
+                yerr=[[up - metric.scale * low], [metric.scale * high - up]],
                 color=style.colour,
                 alpha=0.45,
                 linewidth=1,

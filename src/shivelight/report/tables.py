@@ -10,17 +10,18 @@ from shivelight.report.style import DENSE, FEWER_STEPS, budget_label, is_ours, r
 
 @dataclass(frozen=True)
 class Metric:
-    """A quality figure: its name in results.json, its title, unit, number format and direction."""
+    """A quality figure: its name in results.json, title, unit, digits and direction; shown times `scale`."""
 
     key: str
     title: str
     unit: str
     digits: int
     higher_is_better: bool
+    scale: float = 1.0
 
     def format(self, value: float, unit: bool = True) -> str:
-        """The value with its digits, and its unit where asked for."""
-        return f"{value:.{self.digits}f}" + (f" {self.unit}" if unit and self.unit else "")
+        """The value as shown, and its unit where asked for."""
+        return f"{value * self.scale:.{self.digits}f}" + (f" {self.unit}" if unit and self.unit else "")
 
 
 def quality_metrics(results: Mapping[str, Any]) -> list[Metric]:
@@ -29,7 +30,7 @@ def quality_metrics(results: Mapping[str, Any]) -> list[Metric]:
     known = [
         Metric("psnr_to_dense", "PSNR to dense", "dB", 1, True),
         Metric("ssim_to_dense", "SSIM to dense", "", 3, True),
-        Metric("kid", f"KID-{network}", "", 4, False),
+        Metric("kid", f"KID-{network} x1000", "", 1, False, scale=1000.0),
         Metric("fd", f"FD-{network}", "", 1, False),
         Metric("caption_agreement", "Caption agreement", "", 3, True),
     ]
@@ -52,13 +53,13 @@ class Table:
     rows: list[tuple[Mapping[str, Any], list[Cell]]]
 
 
-def _figure(key: str, digits: int, suffix: str = "") -> Callable[[Mapping[str, Any]], Cell]:
+def _figure(key: str, digits: int, suffix: str = "", scale: float = 1.0) -> Callable[[Mapping[str, Any]], Cell]:
     def cell(row: Mapping[str, Any]) -> Cell:
         if key not in row:
             return Cell()
         interval = row.get("ci95", {}).get(key)
-        spread = f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
-        return Cell(f"{row[key]:.{digits}f}{suffix}", spread)
+        spread = f"[{interval[0] * scale:.{digits}f}, {interval[1] * scale:.{digits}f}]" if interval else ""
+        return Cell(f"{row[key] * scale:.{digits}f}{suffix}", spread)
 
     return cell
 
@@ -103,7 +104,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
             (
                 m.title,
                 f"{m.unit + ', ' if m.unit else ''}{'more' if m.higher_is_better else 'less'} is better",
-                _figure(m.key, m.digits),
+                _figure(m.key, m.digits, scale=m.scale),
             )
             for m in metrics
         ),
@@ -132,7 +133,7 @@ class EqualLatency:
         if self.fewer_steps is None:
             return ""
         gain = (self.ours - self.fewer_steps) * (1 if self.metric.higher_is_better else -1)
-        if abs(gain) < 0.5 * 10**-self.metric.digits:
+        if abs(gain) * self.metric.scale < 0.5 * 10**-self.metric.digits:
             return "level"
         return f"{'routing' if gain > 0 else 'fewer steps'} by {self.metric.format(abs(gain))}"
 

@@ -53,6 +53,8 @@ class LiveDeltas:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The backbone's own weights, for the teacher."""
+        # peft's switch also turns gradients off and on; which deltas train is the stage's choice.
+        trained = [(parameter, parameter.requires_grad) for _, parameter in self.named_parameters()]
         for layer in self.layers.values():
             layer.enable_adapters(False)
         try:
@@ -60,6 +62,8 @@ class LiveDeltas:
         finally:
             for layer in self.layers.values():
                 layer.enable_adapters(True)
+            for parameter, wanted in trained:
+                parameter.requires_grad_(wanted)
 
     def extract(self) -> dict[str, Delta]:
         """Copies of the deltas as they are now."""

@@ -1,0 +1,276 @@
+"""The trainer on a tiny real pipeline: stages, exact resume, the teacher, budgets, and what goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import shivelight as sl
+from shivelight.adapter import routed_of
+from shivelight.config import RoutingConfig, TokenRouting
+from shivelight.errors import TrainingError
+from shivelight.execution.routed import Routed
+from shivelight.routing import top_k_indices
+from shivelight.training.data import LatentCache
+from shivelight.training.session import TeacherRecord, TokenSession
+from shivelight.training.stages import TrainingConfig
+from shivelight.training.trainer import Trainer, estimate
+
+
+def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer._named_parameters().items()}
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_each_stage_trains_its_own_part(pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path) -> None:  # noqa: ANN001
+    weights = {name: p.clone() for name, p in pipe.transformer.state_dict().items()}
+    trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
+    moved = []
+    for _ in range(3):
+        before = parameters(trainer)
+        trainer.train_step()
+        trainer.train_step()
+        moved.append(changed(before, parameters(trainer)))
+    assert moved == [{"router"}, {"router", "policy"}, {"router", "policy", "deltas"}]
+    trainer.finish()
+    sl.detach(pipe)
+    after = pipe.transformer.state_dict()
+    assert weights.keys() == after.keys() and all(torch.equal(weights[n], after[n]) for n in weights)
+
+
+def test_a_run_that_was_killed_goes_on_exactly(
+    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path  # noqa: ANN001
+) -> None:
+    whole = Trainer(pipe, routing, short, cache, tmp_path / "whole")
+    whole.run()
+    sl.detach(pipe)
+    for stop in (1, 3, 4, 6):
+        part = Trainer(pipe, routing, short, cache, tmp_path / "parts")
+        part.run(until=stop)
+        if stop < 6:
+            part.close()
+    strip = lambda history: [{k: v for k, v in r.items() if k != "seconds"} for r in history]  # noqa: E731
+    assert strip(part.history) == strip(whole.history)
+    logged = [json.loads(line) for line in (tmp_path / "parts/losses.jsonl").read_text().splitlines()]
+    assert strip(logged) == strip(whole.history)
+    files = [(tmp_path / run / "adapter/adapter_model.safetensors").read_bytes() for run in ("whole", "parts")]
+    assert files[0] == files[1]
+
+
+def test_steps_after_the_last_checkpoint_are_trained_again(
+    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path  # noqa: ANN001
+) -> None:
+    first = Trainer(pipe, routing, short, cache, tmp_path / "run")
+    first.run(until=4)
+    first.close()
+    with (tmp_path / "run/losses.jsonl").open("a") as handle:  # the process died here, one line and a half later
+        handle.write('{"step": 5, "loss": 9.0}\n{"step": 6, "lo')
+    second = Trainer(pipe, routing, short, cache, tmp_path / "run")
+    second.run()
+    assert [r["step"] for r in second.history] == [1, 2, 3, 4, 5, 6]
+    assert second.history[4]["loss"] < 9.0
+
+
+def test_a_checkpoint_of_other_settings_is_refused(
+    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path  # noqa: ANN001
+) -> None:
+    trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
+    trainer.run(until=2)
+    trainer.close()
+    other = Trainer(pipe, routing, dataclasses.replace(short, lr_router=0.5), cache, tmp_path / "run")
+    with pytest.raises(TrainingError, match="lr_router was 0.001, is 0.5"):
+        other.run()
+
+
+def test_the_teacher_is_the_dense_model_while_deltas_live(
+    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path  # noqa: ANN001
+) -> None:
+    batch = cache.batch([0, 1], [False, False])
+    sigmas = torch.tensor([0.5, 0.5])
+    with torch.no_grad():
+        wanted = pipe.transformer(
+            batch.latents, batch.embeddings, batch.pooled, 1000 * sigmas, return_dict=False
+        )[0]  # fmt: skip
+        trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
+        for layer in trainer.deltas.layers.values():
+            torch.nn.init.normal_(layer.lora_B["shivelight"].weight)
+        with trainer.routed.switched(False), trainer.deltas.disabled():
+            assert torch.equal(trainer._velocity(batch.latents, batch, sigmas), wanted)
+        with trainer.routed.switched(False):
+            assert not torch.equal(trainer._velocity(batch.latents, batch, sigmas), wanted)
+
+
+def test_the_saved_adapter_gives_what_training_saw(
+    pipe, cache: LatentCache, short: TrainingConfig, routing, sample, tmp_path: Path  # noqa: ANN001
+) -> None:
+    trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
+    folder = trainer.run()
+    sl.set_budget(pipe, keep=0.5)
+    before = sample(pipe, ["a b"])
+    sl.detach(pipe)
+    sl.load_adapter(pipe, folder)
+    sl.set_budget(pipe, keep=0.5)
+    assert torch.equal(sample(pipe, ["a b"]), before)
+
+
+def test_selection_in_training_without_noise_is_that_of_inference(pipe, sample) -> None:  # noqa: ANN001
+    """DESIGN.md, invariant 2, with the trainer's own session."""
+    sl.attach(pipe)
+    sl.set_budget(pipe, keep=0.5)
+    routed: Routed = routed_of(pipe)
+    arguments = {}
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: arguments.update(kwargs), with_kwargs=True, prepend=True
+    )
+    sample(pipe, ["a b", "c d"], steps=1)
+    with torch.no_grad():
+        sl.attach(pipe)
+        routed = routed_of(pipe.transformer)
+        sl.set_budget(pipe.transformer, keep=0.5)
+        seen: dict[int, torch.Tensor] = {}
+        routed.observer = lambda block, x, out, kept: seen.update({block: kept})
+        half = {k: v for k, v in arguments.items() if k != "return_dict"}
+        routed.clock._pipeline = None
+        dense = TeacherRecord(())
+        inference = pipe.transformer(**half, return_dict=False)[0]
+        routed.observer = dense
+        with routed.switched(False):
+            pipe.transformer(**half, return_dict=False)
+        routed.observer = None
+        counts = {block: kept.shape[1] for block, kept in seen.items()}
+        ratios = torch.tensor([[counts[block] / 64 for block in routed.routed]])
+        routed.session = TokenSession(routed.routed, ratios, dense)
+        training = pipe.transformer(**half, return_dict=False)[0]
+        routed.session = None
+    assert torch.equal(training, inference)
+
+
+def test_the_anchor_meets_every_target_on_the_sampling_grid(
+    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path  # noqa: ANN001
+) -> None:
+    trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
+    with torch.no_grad():
+        trainer.routed.policy.time_out.normal_()
+        trainer.routed.policy.layer_out.normal_()
+    for keep in (0.4, 0.8):
+        draw = trainer._draws()[0]
+        rows = []
+        for timestep in trainer._grid.tolist():
+            draw.sigma, draw.keep = timestep / 1000, keep
+            rows.append(trainer._ratios("joint", draw))
+        ratios = torch.cat(rows)
+        assert ratios.mean().item() == pytest.approx(keep, abs=1e-4)
+        assert ratios.std() > 0.05
+
+
+def test_timesteps_and_ratios_are_stratified_over_the_groups(
+    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path  # noqa: ANN001
+) -> None:
+    trainer = Trainer(pipe, routing, dataclasses.replace(short, groups=8), cache, tmp_path / "run")
+    draws = trainer._draws()
+    assert sorted(int(d.sigma * 8) for d in draws) == list(range(8))
+    width = (short.keep_high - short.keep_low) / 8
+    assert sorted(int((d.keep - short.keep_low) / width) for d in draws) == list(range(8))
+
+
+def test_the_baseline_without_routing_trains_its_deltas_only(
+    pipe, cache: LatentCache, short: TrainingConfig, tmp_path: Path  # noqa: ANN001
+) -> None:
+    routing = RoutingConfig(tokens=None, deltas=sl.DeltaConfig(rank=2, alpha=2.0))
+    config = dataclasses.replace(short, router_steps=0, policy_steps=0, joint_steps=2)
+    folder = Trainer(pipe, routing, config, cache, tmp_path / "run").run()
+    stored = json.loads((folder / "adapter_config.json").read_text())
+    assert stored["routing"]["tokens"] is None and stored["routed_blocks"] == []
+
+
+@pytest.mark.parametrize("estimator", ["residual", "input"])
+@pytest.mark.parametrize("budget", ["anchor", "loss"])
+def test_every_estimator_and_budget_reaches_router_and_policy(
+    pipe, cache: LatentCache, short: TrainingConfig, estimator: str, budget: str, tmp_path: Path  # noqa: ANN001
+) -> None:
+    config = dataclasses.replace(short, router_steps=0, estimator=estimator, budget=budget, logit_noise=0.0)
+    trainer = Trainer(pipe, RoutingConfig(TokenRouting()), config, cache, tmp_path / "run")
+    before = parameters(trainer)
+    trainer.train_step()
+    assert changed(before, parameters(trainer)) == {"router", "policy"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path  # noqa: ANN001
+) -> None:
+    trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
+    trainer.cache.empty_pooled.fill_(float("nan"))
+    trainer.config = dataclasses.replace(short, caption_drop=0.99)
+    with pytest.raises(TrainingError, match="became nan at step 0.*lower learning rates"):
+        trainer.run()
+    assert not (tmp_path / "run/adapter").exists()
+
+
+def test_an_estimate_changes_nothing(
+    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path  # noqa: ANN001
+) -> None:
+    plain = Trainer(pipe, routing, short, cache, tmp_path / "plain")
+    first = plain.train_step()
+    plain.close()
+    trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
+    figures = estimate(trainer)
+    assert figures["hours"] > 0 and figures["steps"] == 6
+    assert figures["adapter_mb"] == pytest.approx(sum(p.numel() for p in parameters(trainer).values()) * 4 / 2**20)
+    again = trainer.train_step()
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+
+
+def test_two_processes_agree_on_budget_average_and_weights(tiny_folder: Path, images: Path, tmp_path: Path) -> None:
+    """Two real gloo processes on the CPU: the same EMA, the same parameters, other samples."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys, json, torch
+            from pathlib import Path
+            from accelerate import Accelerator
+            from diffusers import StableDiffusion3Pipeline
+            from shivelight.config import DeltaConfig, RoutingConfig
+            from shivelight.training.data import build_cache, read_folder
+            from shivelight.training.stages import TrainingConfig
+            from shivelight.training.trainer import Trainer
+
+            torch.set_num_threads(1)
+            folder, images, out = map(Path, sys.argv[1:])
+            accelerator = Accelerator(cpu=True)
+            assert accelerator.num_processes == 2
+            pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+            with accelerator.main_process_first():
+                cache = build_cache(pipe, read_folder(images), out / "cache", 32, 16)
+            config = TrainingConfig(router_steps=1, policy_steps=2, joint_steps=1, groups=1, group_size=2, budget="loss")
+            trainer = Trainer(pipe, RoutingConfig(deltas=DeltaConfig(rank=2, alpha=2.0)), config, cache, out, accelerator)
+            drawn = [[d.sigma for d in trainer._draws()]]
+            trainer.run()
+            digest = float(sum(p.double().abs().sum() for p in trainer.routed.parameters()))
+            record = {"average": float(trainer.budget_loss.deviation), "digest": digest, "drawn": drawn}
+            (out / f"rank{accelerator.process_index}.json").write_text(json.dumps(record))
+            """
+        )
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
+    done = subprocess.run(
+        [*command, str(script), str(tiny_folder), str(images), str(tmp_path / "run")],
+        env=environment, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / "run" / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["average"] == second["average"] != 0.0
+    assert first["digest"] == second["digest"]
+    assert first["drawn"] != second["drawn"]
