@@ -203,7 +203,7 @@ def main() -> None:
     device = checkpoint.device()
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(args.work)
-    vae = AutoencoderTiny.from_pretrained(args.vae, torch_dtype=torch.float32)
+    vae = AutoencoderTiny.from_pretrained(args.vae, dtype=torch.float32)
     pool = encode_pool(vae, args.subset, args.pool, 8 * math.isqrt(args.tokens), args.work / f"pool-{args.subset}-{args.tokens}.pt")
     latents = pool["latents"].float() * vae.config.scaling_factor
     encode = lambda texts: tokenizer(texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt").input_ids  # noqa: E731

@@ -58,7 +58,7 @@ def open_pipeline(source: str | None, device: str, dtype: torch.dtype = torch.fl
     from diffusers import DiffusionPipeline
 
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype, **missing).to(device)
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, **missing).to(device)
     except Exception as error:  # diffusers raises a dozen kinds: files, formats, network, memory
         raise DataError(f"The pipeline {source} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}") from error
     pipe.set_progress_bar_config(disable=True)

@@ -26,7 +26,7 @@ def load_pipeline(device: str | torch.device = "cpu", dtype: torch.dtype = torch
 def open_pipeline(source: str | Path, device: str | torch.device, dtype: torch.dtype) -> StableDiffusion3Pipeline:
     """An SD3 pipeline folder without T5, as the embedded one and those that the recipes write."""
     pipe = StableDiffusion3Pipeline.from_pretrained(
-        source, text_encoder_3=None, tokenizer_3=None, torch_dtype=dtype, local_files_only=True
+        source, text_encoder_3=None, tokenizer_3=None, dtype=dtype, local_files_only=True
     )
     pipe = pipe.to(device)
     for model in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):

@@ -5,9 +5,14 @@ from collections.abc import Sequence
 from shivelight.evaluation.comparison import Comparison, OperatingPoint
 from shivelight.execution.folding import FoldedWeights
 
+BASELINE_KEEPS = (0.8, 0.6, 0.5)
+
 
 def standard_points(
-    comparison: Comparison, keeps: Sequence[float], finetuned: FoldedWeights | None, baselines: bool = True
+    comparison: Comparison,
+    keeps: Sequence[float],
+    finetuned: FoldedWeights | None,
+    baseline_keeps: Sequence[float] = BASELINE_KEEPS,
 ) -> list[OperatingPoint]:
     """Dense first, then every budget; fewer steps are added by `with_fewer_steps`, once latencies are known.
 
@@ -19,7 +24,7 @@ def standard_points(
         points.append(comparison.finetuned(finetuned))
     for keep in keeps:
         points.append(comparison.tokens(keep))
-        if baselines:
+        if keep in baseline_keeps:
             points += [
                 comparison.tokens(keep, "fixed", ratios="fixed"),
                 comparison.tokens(keep, "random", scores="random", ratios="fixed"),

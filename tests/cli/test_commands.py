@@ -1,0 +1,137 @@
+"""The command line as people use it: real processes' exit codes and one-line errors, on the tiny pipeline."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import shivelight as sl
+from shivelight import cli
+from shivelight.evaluation.results import read_results
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):  # noqa: ANN201
+    """Run a command in this process; returns (exit code, stdout, stderr)."""
+
+    def go(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["shivelight", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return go
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a {'abcd'[i]}")
+    return folder
+
+
+@pytest.fixture
+def adapter(pipe, tmp_path: Path) -> Path:  # noqa: ANN001
+    sl.attach(pipe)
+    folder = sl.save_adapter(pipe, tmp_path / "adapter")
+    sl.detach(pipe)
+    return folder
+
+
+def test_train_then_generate_then_evaluate_then_report(run, images: Path, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: ANN001
+    out, common = tmp_path / "run", ("--pipeline", tiny_folder, "--device", "cpu")
+    small = ("--router-steps", 1, "--policy-steps", 1, "--joint-steps", 2, "--groups", 1, "--group-size", 2, "--rank", 2)
+    code, said, error = run("train", images, "--out", out, *small, *common, "--json", tmp_path / "train.json")
+    assert code == 0, error
+    assert (out / "adapter/adapter_model.safetensors").exists()
+    assert len(read_results(tmp_path / "train.json")["losses"]) == 4
+
+    code, _, error = run(
+        "generate", "a b", "--adapter", out / "adapter", "--keep", 0.5, "--steps", 2, "--count", 2, *common,
+        "--out", tmp_path / "grid.png",
+    )  # fmt: skip
+    assert code == 0, error
+    assert Image.open(tmp_path / "grid.png").size == (64, 64)
+
+    code, _, error = run(
+        "evaluate", "--adapter", out / "adapter", "--images", images, "--count", 4, "--keep", 0.6, "--steps", 2,
+        "--rounds", 3, "--features", "none", "--finetuned", out / "adapter", *common, "--json", tmp_path / "e.json",
+    )  # fmt: skip
+    assert code == 0, error
+    results = read_results(tmp_path / "e.json")
+    methods = [row["method"] for row in results["rows"]]
+    assert methods[:6] == ["dense", "dense-finetuned", "tokens", "fixed", "random", "norm"]
+    rows = {row["method"]: row for row in results["rows"]}
+    assert "psnr_to_dense" not in rows["dense"] and rows["dense"]["planned_ratio"] == 1.0
+    assert rows["tokens"]["planned_ratio"] < 0.95 and rows["tokens"]["flops_ratio"] < 1.0
+    assert "kid" not in rows["tokens"], "what was not measured is absent"
+
+    code, _, error = run("report", tmp_path / "e.json", "--out", tmp_path / "report.html")
+    assert code == 0, error
+    assert "<html" in (tmp_path / "report.html").read_text()[:400]
+
+
+def test_an_estimate_trains_nothing(run, images: Path, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: ANN001
+    code, said, error = run(
+        "train", images, "--out", tmp_path / "run", "--pipeline", tiny_folder, "--estimate", "--groups", 1,
+        "--group-size", 1, "--device", "cpu", "--json", tmp_path / "estimate.json",
+    )  # fmt: skip
+    assert code == 0, error
+    assert "hours" in said and "adapter" in said
+    assert json.loads((tmp_path / "estimate.json").read_text())["estimate"]["hours"] > 0
+    assert not (tmp_path / "run/adapter").exists() and not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("train", "nowhere"), "no image folder nowhere"),
+        (("generate", "a", "--pipeline", "nowhere"), "no pipeline folder nowhere"),
+        (("generate", "a", "--device", "cuda:77"), "'cuda:77' cannot be used"),
+        (("report", "nowhere.json"), "nowhere.json"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_1(run, arguments: tuple, said: str) -> None:  # noqa: ANN001
+    code, _, error = run(*arguments)
+    assert code == 1
+    assert said in error and error.startswith("shivelight: ")
+    assert len(error.strip().splitlines()) == 1 and "Traceback" not in error
+
+
+def test_a_bad_budget_is_one_line_too(run, adapter: Path, tiny_folder: Path) -> None:  # noqa: ANN001
+    code, _, error = run("generate", "a", "--pipeline", tiny_folder, "--adapter", adapter, "--keep", 1.5, "--device", "cpu")
+    assert code == 1 and "keep is 1.5" in error
+
+
+def test_a_folder_that_is_no_pipeline_is_named(run, tmp_path: Path) -> None:  # noqa: ANN001
+    code, _, error = run("generate", "a", "--pipeline", tmp_path, "--device", "cpu")
+    assert code == 1 and "model_index.json" in error
+
+
+@pytest.mark.parametrize("arguments", [("train",), ("generate", "a", "--steps", "none"), ("nonsense",), ("demo", "--bad")])
+def test_bad_usage_is_exit_code_2(run, arguments: tuple) -> None:  # noqa: ANN001
+    assert run(*arguments)[0] == 2
+
+
+def test_debug_shows_the_traceback(run) -> None:  # noqa: ANN001
+    with pytest.raises(sl.DataError):
+        run("train", "nowhere", "--debug")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_has_an_example(run, command: str) -> None:  # noqa: ANN001
+    code, said, _ = run(command, "--help")
+    assert code == 0 and "Example: shivelight" in said
