@@ -35,7 +35,9 @@ def main() -> None:
     sl.attach(pipe)
     routed, config = routed_of(pipe), pipe.transformer.config
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(SAMPLES, config.in_channels, config.sample_size, config.sample_size, generator=generator).to(device)
+    latents = torch.randn(SAMPLES, config.in_channels, config.sample_size, config.sample_size, generator=generator).to(
+        device
+    )
     text = torch.randn(SAMPLES, 32, config.joint_attention_dim, generator=generator).to(device)
     pooled = torch.randn(SAMPLES, config.pooled_projection_dim, generator=generator).to(device)
     ratios = torch.linspace(0.35, 0.95, SAMPLES, device=device)
@@ -62,11 +64,21 @@ def main() -> None:
         for index in range(SAMPLES):
             train(slice(index, index + 1), ratios[index : index + 1])
 
-    ways: dict[str, Callable[[], None]] = {"shared": shared, "grouped": lambda: train(slice(None), ratios), "single": single}
+    ways: dict[str, Callable[[], None]] = {
+        "shared": shared,
+        "grouped": lambda: train(slice(None), ratios),
+        "single": single,
+    }
     timings = interleave(ways, args.rounds, 1, synchronize(device))
     results = new_results(device=device, backbone=describe(pipe))
     results["rows"] = [
-        new_row(way, {"keep": 0.65}, batch=SAMPLES, latency_ms=timings.latency_ms(way), speedup=timings.speedup(way, "single"))
+        new_row(
+            way,
+            {"keep": 0.65},
+            batch=SAMPLES,
+            latency_ms=timings.latency_ms(way),
+            speedup=timings.speedup(way, "single"),
+        )
         for way in ways
     ]
     write_results(args.out, results)

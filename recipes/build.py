@@ -1,7 +1,7 @@
 """Rebuild every embedded file from nothing, in order; each step goes on where it stopped.
 
-    make recipes                       # hours on a CPU
-    python recipes/build.py --full     # where there is a GPU: every emoji, 1,024 tokens, tens of thousands of steps
+make recipes                       # hours on a CPU
+python recipes/build.py --full     # where there is a GPU: every emoji, 1,024 tokens, tens of thousands of steps
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Rebuild src/shivelight/demo/data/emoji.zip from two npm packages (both MIT).
 
-    npm pack @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0   # run by this script, needs npm
-    python recipes/build_data.py
+npm pack @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0   # run by this script, needs npm
+python recipes/build_data.py
 """
 
 import argparse
@@ -42,7 +42,9 @@ def download(folder: Path) -> dict[str, Path]:
     """Fetch both packages with npm into `folder`; returns the path of each tarball."""
     paths = {}
     for role, package in PACKAGES.items():
-        done = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            ["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True
+        )
         paths[role] = folder / done.stdout.strip().splitlines()[-1]
     return paths
 
@@ -54,7 +56,11 @@ def read_names(path: Path) -> dict[str, dict]:
         assert member is not None
         records = json.load(member)
     return {
-        stripped(record["hexcode"]): {"label": record["label"], "group": record["group"], "subgroup": record["subgroup"]}
+        stripped(record["hexcode"]): {
+            "label": record["label"],
+            "group": record["group"],
+            "subgroup": record["subgroup"],
+        }
         for record in records
         if record.get("group") is not None
     }
@@ -69,7 +75,9 @@ def main() -> None:
     """Write the archive under a temporary name, then rename it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ARCHIVE)
-    parser.add_argument("--quality", type=int, default=60, help="WebP quality of colour; alpha is kept at the same quality")
+    parser.add_argument(
+        "--quality", type=int, default=60, help="WebP quality of colour; alpha is kept at the same quality"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         tarballs = download(Path(scratch))

@@ -1,7 +1,7 @@
 """Fill README's table from the committed evaluate.json, and redraw its grid of pictures from the embedded files.
 
-    python recipes/readme.py            # table only
-    python recipes/readme.py --grid     # also docs/images/grid.png and docs/images/dense-32.png
+python recipes/readme.py            # table only
+python recipes/readme.py --grid     # also docs/images/grid.png and docs/images/dense-32.png
 """
 
 import argparse
@@ -47,9 +47,10 @@ def table() -> str:
         lines.append("| " + " | ".join(cells) + " |")
     machine, first = results["machine"], results["rows"][0]
     lines.append(
-        f"\n{first['samples']} captions of the {results['split']} split, guidance {first['guidance']:g}, {first['dtype']}, not compiled; one sample "
-        f"timed, {first['latency_ms']['runs']} rounds; {machine['device']}, {machine['threads']} threads, torch {machine['torch']}, diffusers "
-        f"{machine['diffusers']}. Source: `benchmarks/results/evaluate.json`, written by `{results['command']}`."
+        f"\n{first['samples']} captions of the {results['split']} split, guidance {first['guidance']:g}, {first['dtype']}, not "
+        f"compiled; one sample timed, {first['latency_ms']['runs']} rounds; {machine['device']}, {machine['threads']} "
+        f"threads, torch {machine['torch']}, diffusers {machine['diffusers']}. Source: "
+        f"`benchmarks/results/evaluate.json`, written by `{results['command']}`."
     )
     return "\n".join(lines)
 

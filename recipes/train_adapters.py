@@ -53,8 +53,12 @@ def main() -> None:
     args = parser.parse_args()
     common.quiet_libraries()
     config = TrainingConfig(
-        router_steps=args.router_steps, policy_steps=args.policy_steps, joint_steps=args.joint_steps,
-        groups=2, group_size=8, checkpoint_every=50
+        router_steps=args.router_steps,
+        policy_steps=args.policy_steps,
+        joint_steps=args.joint_steps,
+        groups=2,
+        group_size=8,
+        checkpoint_every=50,
     )
     deltas = DeltaConfig(args.rank, float(args.rank))
     runs = {

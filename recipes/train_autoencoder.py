@@ -102,7 +102,11 @@ def main() -> None:
             psnr = 10 * torch.log10(4 / error)
             print(f"step {step} loss {loss.item():.4f} psnr {psnr.item():.2f} {time.time() - began:.0f} s", flush=True)
         if (step + 1) % 250 == 0 or step + 1 == args.steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+            }
             checkpoint.save(args.work / "state.pt", state | {"step": step + 1})
     report(model, (held_out.float() / 127.5 - 1).to(device), args.work)
 

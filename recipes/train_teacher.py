@@ -2,6 +2,7 @@
 
     python recipes/train_autoencoder.py
     python recipes/train_teacher.py --steps 6000                 # about 116 concepts, a CPU's share; resumes by itself
+    python recipes/train_teacher.py --init src/shivelight/demo/pipeline --work build/teacher-2     # go on from the shipped weights
     python recipes/train_teacher.py --subset full --tokens 1024 --steps 60000      # where a GPU trains it
 
 Rectified flow matching, logit-normal timesteps, captions dropped for guidance, the text encoders trained along.
@@ -110,6 +111,7 @@ class Teacher(nn.Module):
         return embeddings, torch.cat([output.text_embeds for output in outputs], dim=-1)
 
     def forward(self, noisy: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Velocity [B, 8, S, S] at timesteps 0 to 1000."""
         embeddings, pooled = self.encode(ids)
         return self.transformer(noisy, embeddings, pooled, timestep, return_dict=False)[0]
 
@@ -120,7 +122,9 @@ def encode_pool(vae: AutoencoderTiny, subset: str, count: int, size: int, path: 
         return state
     data = EmojiData(subset)
     captions = data.captions("train")
-    order = np.concatenate([np.random.default_rng(epoch).permutation(len(captions)) for epoch in range(-(-count // len(captions)))])
+    order = np.concatenate(
+        [np.random.default_rng(epoch).permutation(len(captions)) for epoch in range(-(-count // len(captions)))]
+    )
     device = checkpoint.device()
     vae = vae.to(device)
     latents, began = [], time.time()
@@ -133,6 +137,13 @@ def encode_pool(vae: AutoencoderTiny, subset: str, count: int, size: int, path: 
     state = {"latents": torch.cat(latents), "captions": [str(captions[i]) for i in order[:count]]}
     checkpoint.save(path, state)
     return state
+
+
+def load_weights(teacher: Teacher, folder: Path) -> None:
+    """Start from an exported pipeline: the way to go on where only the shipped files are left."""
+    for name in ("transformer", "text_encoder", "text_encoder_2"):
+        module = getattr(teacher, name)
+        module.load_state_dict(type(module).from_pretrained(folder / name, dtype=torch.float32).state_dict())
 
 
 def build_optimizers(teacher: Teacher, lr: float) -> list[torch.optim.Optimizer]:
@@ -197,6 +208,9 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, default=Path("build/autoencoder/vae"))
     parser.add_argument("--work", type=Path, default=Path("build/teacher"))
     parser.add_argument("--export", type=int, default=500)
+    parser.add_argument(
+        "--init", type=Path, help="pipeline folder (the shipped one) whose weights a new run starts from"
+    )
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -204,13 +218,21 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(args.work)
     vae = AutoencoderTiny.from_pretrained(args.vae, dtype=torch.float32)
-    pool = encode_pool(vae, args.subset, args.pool, 8 * math.isqrt(args.tokens), args.work / f"pool-{args.subset}-{args.tokens}.pt")
+    pool = encode_pool(
+        vae, args.subset, args.pool, 8 * math.isqrt(args.tokens), args.work / f"pool-{args.subset}-{args.tokens}.pt"
+    )
     latents = pool["latents"].float() * vae.config.scaling_factor
-    encode = lambda texts: tokenizer(texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt").input_ids  # noqa: E731
+
+    def encode(texts: list[str]) -> torch.Tensor:
+        options = {"padding": "max_length", "max_length": TEXT_TOKENS, "truncation": True, "return_tensors": "pt"}
+        return tokenizer(texts, **options).input_ids
+
     ids, empty = encode(pool["captions"]), encode([""])
     held_out = slice(0, 256)
 
     teacher = Teacher(tokenizer, args.tokens, args.width, args.layers).to(device)
+    if args.init is not None:
+        load_weights(teacher, args.init)
     average = copy.deepcopy(teacher).requires_grad_(False)
     optimizers = build_optimizers(teacher, args.lr)
     start = 0
@@ -246,7 +268,10 @@ def main() -> None:
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         if step % 50 == 0:
             pace = (time.time() - began) / (step - start + 1)
-            print(f"step {step} loss {smooth:.4f} {pace:.2f} s/step, {pace * (args.steps - step) / 60:.0f} min left", flush=True)
+            print(
+                f"step {step} loss {smooth:.4f} {pace:.2f} s/step, {pace * (args.steps - step) / 60:.0f} min left",
+                flush=True,
+            )
         if (step + 1) % args.export == 0 or step + 1 == args.steps:
             state = {"model": teacher.state_dict(), "average": average.state_dict(), "step": step + 1}
             checkpoint.save(args.work / "state.pt", state | {"optimizers": [o.state_dict() for o in optimizers]})

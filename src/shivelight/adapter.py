@@ -122,7 +122,9 @@ def set_budget(model: Any, *, keep: float | None = None, compute: float | None =
     routed = routed_of(model)
     budget = Budget("keep", keep) if keep is not None else Budget("compute", compute)  # type: ignore[arg-type]
     if routed.config.tokens is None and not budget.everything:
-        raise BudgetError("The attached adapter has no token routing, so it always runs everything: keep=1.0.", nearest=1.0)
+        raise BudgetError(
+            "The attached adapter has no token routing, so it always runs everything: keep=1.0.", nearest=1.0
+        )
     if routed.config.tokens is not None:
         routed.schedule((500.0,), *routed.shape, budget=budget)  # raises if it cannot be reached
     routed.budget = budget
@@ -263,7 +265,8 @@ def _register_hooks(backbone: nn.Module, routed: Routed, spec: BackboneSpec) -> 
     registry.invalidate_child_registries_cache()
     if not hasattr(backbone, "_reset_stateful_cache"):
         # pipe.maybe_free_model_hooks() calls this at the end of a generation, where it exists.
-        backbone._reset_stateful_cache = routed.reset_function = lambda: registry.reset_stateful_hooks(recurse=True)
+        routed.reset_function = lambda: registry.reset_stateful_hooks(recurse=True)
+        object.__setattr__(backbone, "_reset_stateful_cache", routed.reset_function)
     routed.handles = [
         backbone.register_state_dict_post_hook(_dense_state_dict),
         backbone.register_load_state_dict_pre_hook(_before_load),

@@ -45,7 +45,9 @@ def save_adapter(model: Any, directory: str | Path, training: dict[str, Any] | N
     config = {
         "peft_type": "SHIVELIGHT",
         "format_version": FORMAT_VERSION,
-        "base_model_name_or_path": getattr(backbone.config, "_name_or_path", None) if hasattr(backbone, "config") else None,
+        "base_model_name_or_path": getattr(backbone.config, "_name_or_path", None)
+        if hasattr(backbone, "config")
+        else None,
         "base_model_class": type(backbone).__name__,
         "base_model_shape": backbone_shape(backbone),
         "spec": routed.spec.name,
@@ -66,7 +68,9 @@ def save_adapter(model: Any, directory: str | Path, training: dict[str, Any] | N
             }
         )
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"The adapter could not be written to {directory}: {error}. Free some space or choose another folder.") from error
+        raise AdapterError(
+            f"The adapter could not be written to {directory}: {error}. Free some space or choose another folder."
+        ) from error
     return directory
 
 
@@ -169,7 +173,9 @@ def _locate(source: str | Path, revision: str | None) -> tuple[Path, Path]:
             if not (folder / name).is_file():
                 pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
                 hint = f" It holds {', '.join(pickles)}: pickles are never loaded." if pickles else ""
-                raise AdapterError(f"The adapter folder {folder} has no {name}.{hint} Save it with shivelight.save_adapter.")
+                raise AdapterError(
+                    f"The adapter folder {folder} has no {name}.{hint} Save it with shivelight.save_adapter."
+                )
         return folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if folder.is_absolute() or str(source).count("/") != 1 or str(source).startswith((".", "~")):
         raise AdapterError(f"There is no adapter folder {source}; check the path.")
@@ -190,10 +196,14 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path} cannot be read as JSON: {error}. Copy the adapter again.") from error
     if not isinstance(stored, dict) or stored.get("peft_type") != "SHIVELIGHT" or "routing" not in stored:
         kind = stored.get("peft_type") if isinstance(stored, dict) else type(stored).__name__
-        raise AdapterError(f"{path} is not a Shivelight adapter (peft_type {kind!r}); LoRAs load with pipe.load_lora_weights.")
+        raise AdapterError(
+            f"{path} is not a Shivelight adapter (peft_type {kind!r}); LoRAs load with pipe.load_lora_weights."
+        )
     version = stored.get("format_version")
     if version != FORMAT_VERSION:
-        raise AdapterError(f"{path} has format version {version!r}, this Shivelight reads {FORMAT_VERSION}; update the package.")
+        raise AdapterError(
+            f"{path} has format version {version!r}, this Shivelight reads {FORMAT_VERSION}; update the package."
+        )
     return stored
 
 
@@ -202,7 +212,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{path} is not a readable safetensors file (truncated, or a pickle): {error}. Copy the adapter again.") from error
+        raise AdapterError(
+            f"{path} is not a readable safetensors file (truncated, or a pickle): {error}. Copy the adapter again."
+        ) from error
 
 
 def _check_backbone(stored: dict[str, Any], backbone: nn.Module, source: str | Path) -> None:
@@ -211,24 +223,32 @@ def _check_backbone(stored: dict[str, Any], backbone: nn.Module, source: str | P
         raise AdapterError(f"The adapter {source} is for a {stored.get('spec')!r} backbone, this one is {spec.name!r}.")
     theirs, ours = stored.get("base_model_shape") or {}, backbone_shape(backbone)
     if not isinstance(theirs, dict):
-        raise AdapterError(f"The adapter {source} has base_model_shape {theirs!r}, not a JSON object; copy the adapter again.")
+        raise AdapterError(
+            f"The adapter {source} has base_model_shape {theirs!r}, not a JSON object; copy the adapter again."
+        )
     differing = [f"{name} {theirs[name]} (here {ours.get(name)})" for name in theirs if theirs[name] != ours.get(name)]
     if differing:
-        raise AdapterError(f"The adapter {source} was trained for another {type(backbone).__name__}: {', '.join(differing)}.")
+        raise AdapterError(
+            f"The adapter {source} was trained for another {type(backbone).__name__}: {', '.join(differing)}."
+        )
 
 
 def _check_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
     missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or extra:
         what = f"lacks {missing[0]!r}" if missing else f"holds an unknown {extra[0]!r}"
-        raise AdapterError(f"{path} {what} ({len(missing)} missing, {len(extra)} unknown): not what its config describes.")
+        raise AdapterError(
+            f"{path} {what} ({len(missing)} missing, {len(extra)} unknown): not what its config describes."
+        )
     for name, tensor in found.items():
         if tensor.shape != wanted[name].shape:
             raise AdapterError(
                 f"{name!r} in {path} has shape {tuple(tensor.shape)}, the backbone needs {tuple(wanted[name].shape)}."
             )
         if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{name!r} in {path} holds NaN or infinite values: the adapter is broken; train it anew.")
+            raise AdapterError(
+                f"{name!r} in {path} holds NaN or infinite values: the adapter is broken; train it anew."
+            )
 
 
 def _read_deltas(tensors: dict[str, Tensor], path: Path) -> dict[str, Delta]:
@@ -236,13 +256,17 @@ def _read_deltas(tensors: dict[str, Tensor], path: Path) -> dict[str, Delta]:
     names = {key.removeprefix("deltas.").rsplit(".lora_", 1)[0] for key in found}
     extra = sorted(found - {f"deltas.{name}.{suffix}" for name in names for suffix in _DELTA_PARTS.values()})
     if extra:
-        raise AdapterError(f"{path} holds an unknown {extra[0]!r} ({len(extra)} unknown): not what its config describes.")
+        raise AdapterError(
+            f"{path} holds an unknown {extra[0]!r} ({len(extra)} unknown): not what its config describes."
+        )
     deltas = {}
     for name in sorted(names):
         try:
             parts = {part: tensors[f"deltas.{name}.{suffix}"] for part, suffix in _DELTA_PARTS.items()}
         except KeyError as error:
-            raise AdapterError(f"{path} lacks {error.args[0]!r}: the file is incomplete; copy the adapter again.") from error
+            raise AdapterError(
+                f"{path} lacks {error.args[0]!r}: the file is incomplete; copy the adapter again."
+            ) from error
         if not all(bool(torch.isfinite(t).all()) for t in parts.values()):
             raise AdapterError(f"The delta of {name!r} in {path} holds NaN or infinite values; train the adapter anew.")
         deltas[name] = Delta(**parts)

@@ -96,9 +96,11 @@ def planned_ratio(
 def _linear_weights(block: nn.Module) -> Iterator[tuple[str, int]]:
     for name, module in block.named_modules():
         # Quantised linears are other classes with the same two attributes; a peft layer counts by its base layer.
-        if hasattr(module, "in_features") and hasattr(module, "out_features") and not hasattr(module, "base_layer"):
-            if ".lora_" not in name and not name.startswith("lora_"):
-                yield name.removesuffix(".base_layer"), module.in_features * module.out_features
+        linear = (
+            hasattr(module, "in_features") and hasattr(module, "out_features") and not hasattr(module, "base_layer")
+        )
+        if linear and ".lora_" not in name and not name.startswith("lora_"):
+            yield name.removesuffix(".base_layer"), module.in_features * module.out_features
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -53,7 +53,20 @@ def adapter(pipe, tmp_path: Path) -> Path:  # noqa: ANN001
 
 def test_train_then_generate_then_evaluate_then_report(run, images: Path, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: ANN001
     out, common = tmp_path / "run", ("--pipeline", tiny_folder, "--device", "cpu")
-    small = ("--router-steps", 1, "--policy-steps", 1, "--joint-steps", 2, "--groups", 1, "--group-size", 2, "--rank", 2)
+    small = (
+        "--router-steps",
+        1,
+        "--policy-steps",
+        1,
+        "--joint-steps",
+        2,
+        "--groups",
+        1,
+        "--group-size",
+        2,
+        "--rank",
+        2,
+    )
     code, said, error = run("train", images, "--out", out, *small, *common, "--json", tmp_path / "train.json")
     assert code == 0, error
     assert (out / "adapter/adapter_model.safetensors").exists()
@@ -112,7 +125,9 @@ def test_errors_are_one_line_and_exit_code_1(run, arguments: tuple, said: str) -
 
 
 def test_a_bad_budget_is_one_line_too(run, adapter: Path, tiny_folder: Path) -> None:  # noqa: ANN001
-    code, _, error = run("generate", "a", "--pipeline", tiny_folder, "--adapter", adapter, "--keep", 1.5, "--device", "cpu")
+    code, _, error = run(
+        "generate", "a", "--pipeline", tiny_folder, "--adapter", adapter, "--keep", 1.5, "--device", "cpu"
+    )
     assert code == 1 and "keep is 1.5" in error
 
 
@@ -121,7 +136,9 @@ def test_a_folder_that_is_no_pipeline_is_named(run, tmp_path: Path) -> None:  # 
     assert code == 1 and "model_index.json" in error
 
 
-@pytest.mark.parametrize("arguments", [("train",), ("generate", "a", "--steps", "none"), ("nonsense",), ("demo", "--bad")])
+@pytest.mark.parametrize(
+    "arguments", [("train",), ("generate", "a", "--steps", "none"), ("nonsense",), ("demo", "--bad")]
+)
 def test_bad_usage_is_exit_code_2(run, arguments: tuple) -> None:  # noqa: ANN001
     assert run(*arguments)[0] == 2
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
 from shivelight.errors import DataError
-from shivelight.evaluation.distribution import fd, frechet_distance, kid
+from shivelight.evaluation.distribution import fd, frechet_distance, kid, squared_mmd
 
 
 def gaussian(count: int, width: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:
@@ -40,6 +40,13 @@ def test_frechet_distance_without_the_root_is_the_same(real, generated, width):
     root = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
     expected = (x.mean(0) - y.mean(0)).square().sum() + sum(c.trace() for c in covariances) - 2 * root
     assert frechet_distance(x, y) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_jackknife_leaves_out_of_the_same_estimate():
+    """On any part of the sets it is torchmetrics' estimate of that part."""
+    real, generated = gaussian(60, 5, 1).double(), gaussian(70, 5, 2, 0.4).double()
+    x, y = torch.arange(3, 45), torch.arange(20, 62)
+    assert squared_mmd(real, generated)(x, y) == pytest.approx(float(poly_mmd(real[x], generated[y])), rel=1e-9)
 
 
 def test_fd_of_gaussians_is_the_closed_form():

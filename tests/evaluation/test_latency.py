@@ -35,7 +35,7 @@ def test_speedup_is_the_median_of_paired_ratios():
     estimate = timings.speedup("tokens")
     assert (estimate.value, estimate.low, estimate.high) == (2.0, 2.0, 2.0)
     assert estimate.samples == 5
-    noisy = Timings({"dense": [2.0, 3.0, 4.0, 5.0], "tokens": [1.0, 1.0, 1.0, 1.0]}).speedup("tokens")
+    noisy = Timings({"dense": [2.0, 3.0, 4.0, 11.0], "tokens": [1.0, 1.0, 1.0, 1.0]}).speedup("tokens")
     assert noisy.value == 3.5
     assert noisy.low < 3.5 < noisy.high
 

@@ -18,22 +18,24 @@ from shivelight.adapter import routed_of
 from shivelight.config import RoutingConfig, TokenRouting
 from shivelight.errors import TrainingError
 from shivelight.execution.routed import Routed
-from shivelight.routing import top_k_indices
 from shivelight.training.data import LatentCache
+from shivelight.training.estimate import estimate
 from shivelight.training.session import TeacherRecord, TokenSession
 from shivelight.training.stages import TrainingConfig
-from shivelight.training.trainer import Trainer, estimate
+from shivelight.training.trainer import Trainer
 
 
 def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer._named_parameters().items()}
+    return {name: p.detach().clone() for name, p in trainer.named_parameters().items()}
 
 
 def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
     return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
 
 
-def test_each_stage_trains_its_own_part(pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path) -> None:  # noqa: ANN001
+def test_each_stage_trains_its_own_part(
+    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path
+) -> None:  # noqa: ANN001
     weights = {name: p.clone() for name, p in pipe.transformer.state_dict().items()}
     trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
     moved = []
@@ -50,7 +52,11 @@ def test_each_stage_trains_its_own_part(pipe, cache: LatentCache, short: Trainin
 
 
 def test_a_run_that_was_killed_goes_on_exactly(
-    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path  # noqa: ANN001
+    pipe,
+    cache: LatentCache,
+    short: TrainingConfig,
+    routing,
+    tmp_path: Path,  # noqa: ANN001
 ) -> None:
     whole = Trainer(pipe, routing, short, cache, tmp_path / "whole")
     whole.run()
@@ -69,7 +75,11 @@ def test_a_run_that_was_killed_goes_on_exactly(
 
 
 def test_steps_after_the_last_checkpoint_are_trained_again(
-    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path  # noqa: ANN001
+    pipe,
+    cache: LatentCache,
+    short: TrainingConfig,
+    routing,
+    tmp_path: Path,  # noqa: ANN001
 ) -> None:
     first = Trainer(pipe, routing, short, cache, tmp_path / "run")
     first.run(until=4)
@@ -83,7 +93,11 @@ def test_steps_after_the_last_checkpoint_are_trained_again(
 
 
 def test_a_checkpoint_of_other_settings_is_refused(
-    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path  # noqa: ANN001
+    pipe,
+    cache: LatentCache,
+    short: TrainingConfig,
+    routing,
+    tmp_path: Path,  # noqa: ANN001
 ) -> None:
     trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
     trainer.run(until=2)
@@ -94,7 +108,11 @@ def test_a_checkpoint_of_other_settings_is_refused(
 
 
 def test_the_teacher_is_the_dense_model_while_deltas_live(
-    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path  # noqa: ANN001
+    pipe,
+    cache: LatentCache,
+    short: TrainingConfig,
+    routing,
+    tmp_path: Path,  # noqa: ANN001
 ) -> None:
     batch = cache.batch([0, 1], [False, False])
     sigmas = torch.tensor([0.5, 0.5])
@@ -112,7 +130,12 @@ def test_the_teacher_is_the_dense_model_while_deltas_live(
 
 
 def test_the_saved_adapter_gives_what_training_saw(
-    pipe, cache: LatentCache, short: TrainingConfig, routing, sample, tmp_path: Path  # noqa: ANN001
+    pipe,
+    cache: LatentCache,
+    short: TrainingConfig,
+    routing,
+    sample,
+    tmp_path: Path,  # noqa: ANN001
 ) -> None:
     trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
     folder = trainer.run()
@@ -157,7 +180,11 @@ def test_selection_in_training_without_noise_is_that_of_inference(pipe, sample) 
 
 
 def test_the_anchor_meets_every_target_on_the_sampling_grid(
-    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path  # noqa: ANN001
+    pipe,
+    cache: LatentCache,
+    short: TrainingConfig,
+    routing,
+    tmp_path: Path,  # noqa: ANN001
 ) -> None:
     trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
     with torch.no_grad():
@@ -175,7 +202,11 @@ def test_the_anchor_meets_every_target_on_the_sampling_grid(
 
 
 def test_timesteps_and_ratios_are_stratified_over_the_groups(
-    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path  # noqa: ANN001
+    pipe,
+    cache: LatentCache,
+    short: TrainingConfig,
+    routing,
+    tmp_path: Path,  # noqa: ANN001
 ) -> None:
     trainer = Trainer(pipe, routing, dataclasses.replace(short, groups=8), cache, tmp_path / "run")
     draws = trainer._draws()
@@ -185,7 +216,10 @@ def test_timesteps_and_ratios_are_stratified_over_the_groups(
 
 
 def test_the_baseline_without_routing_trains_its_deltas_only(
-    pipe, cache: LatentCache, short: TrainingConfig, tmp_path: Path  # noqa: ANN001
+    pipe,
+    cache: LatentCache,
+    short: TrainingConfig,
+    tmp_path: Path,  # noqa: ANN001
 ) -> None:
     routing = RoutingConfig(tokens=None, deltas=sl.DeltaConfig(rank=2, alpha=2.0))
     config = dataclasses.replace(short, router_steps=0, policy_steps=0, joint_steps=2)
@@ -197,7 +231,12 @@ def test_the_baseline_without_routing_trains_its_deltas_only(
 @pytest.mark.parametrize("estimator", ["residual", "input"])
 @pytest.mark.parametrize("budget", ["anchor", "loss"])
 def test_every_estimator_and_budget_reaches_router_and_policy(
-    pipe, cache: LatentCache, short: TrainingConfig, estimator: str, budget: str, tmp_path: Path  # noqa: ANN001
+    pipe,
+    cache: LatentCache,
+    short: TrainingConfig,
+    estimator: str,
+    budget: str,
+    tmp_path: Path,  # noqa: ANN001
 ) -> None:
     config = dataclasses.replace(short, router_steps=0, estimator=estimator, budget=budget, logit_noise=0.0)
     trainer = Trainer(pipe, RoutingConfig(TokenRouting()), config, cache, tmp_path / "run")
@@ -207,7 +246,11 @@ def test_every_estimator_and_budget_reaches_router_and_policy(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
-    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path  # noqa: ANN001
+    pipe,
+    cache: LatentCache,
+    short: TrainingConfig,
+    routing,
+    tmp_path: Path,  # noqa: ANN001
 ) -> None:
     trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
     trainer.cache.empty_pooled.fill_(float("nan"))
@@ -218,7 +261,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
 
 def test_an_estimate_changes_nothing(
-    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path  # noqa: ANN001
+    pipe,
+    cache: LatentCache,
+    short: TrainingConfig,
+    routing,
+    tmp_path: Path,  # noqa: ANN001
 ) -> None:
     plain = Trainer(pipe, routing, short, cache, tmp_path / "plain")
     first = plain.train_step()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -66,8 +66,8 @@ class BackboneSpec:
     model_arguments: tuple[str, ...]
     streams: Streams
     delta_targets: str
-    widths: Callable[[nn.Module], tuple[int, int, int | None]]
-    default_shape: Callable[[nn.Module], tuple[int, int]]
+    widths: Callable[[Any], tuple[int, int, int | None]]
+    default_shape: Callable[[Any], tuple[int, int]]
     text_argument: str | None = None
     timestep_scale: float = 1.0
     token_arguments: tuple[str, ...] = ()

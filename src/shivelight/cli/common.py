@@ -60,7 +60,9 @@ def open_pipeline(source: str | None, device: str, dtype: torch.dtype = torch.fl
     try:
         pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, **missing).to(device)
     except Exception as error:  # diffusers raises a dozen kinds: files, formats, network, memory
-        raise DataError(f"The pipeline {source} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise DataError(
+            f"The pipeline {source} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -97,7 +99,9 @@ def progress_bar(description: str, total: int) -> Iterator[Any]:
         console=console, transient=not console.is_terminal,
     ) as bar:  # fmt: skip
         task = bar.add_task(description, total=total)
-        yield lambda text=None: bar.update(task, advance=1, description=f"{description} {text}" if text else description)
+        yield lambda text=None: bar.update(
+            task, advance=1, description=f"{description} {text}" if text else description
+        )
 
 
 def say(text: str) -> None:
@@ -108,7 +112,19 @@ def say(text: str) -> None:
 def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
     """The table that people read; the JSON has more."""
     table = Table(title=title, title_justify="left")
-    heads = ("method", "budget", "steps", "planned", "speed-up", "end to end", "efficiency", "PSNR", "SSIM", "KID x1000", "FD")
+    heads = (
+        "method",
+        "budget",
+        "steps",
+        "planned",
+        "speed-up",
+        "end to end",
+        "efficiency",
+        "PSNR",
+        "SSIM",
+        "KID x1000",
+        "FD",
+    )
     for head in heads:
         table.add_column(head, justify="left" if head in ("method", "budget") else "right", no_wrap=True)
     for row in rows:

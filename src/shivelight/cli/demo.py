@@ -35,7 +35,9 @@ SHOWN = 8
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results.json and report.html.")] = Path("shivelight-demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer captions, rounds and training steps: about two minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer captions, rounds and training steps: about two minutes.")
+    ] = False,
     seed: common.SeedOption = 0,
     device: common.DeviceOption = common.DEFAULT_DEVICE,
     json: common.JsonOption = None,
@@ -74,7 +76,9 @@ def demo(
     results["rows"] = rows
     common.save_json(out / "results.json", results)
     figures = report_figures(comparison, points, pictures, captions, losses)
-    page = build_report([results], figures, out / "report.html", "Shivelight: a Diffusion Transformer that skips what it can")
+    page = build_report(
+        [results], figures, out / "report.html", "Shivelight: a Diffusion Transformer that skips what it can"
+    )
     if json is not None:
         common.save_json(json, results)
     common.print_rows(rows, f"{len(captions)} test captions, {setting.steps} steps, guidance {setting.guidance:g}")
@@ -86,7 +90,13 @@ def train_live(pipe: Any, steps: int, device: str, seed: int) -> tuple[list[dict
     """Train a short adapter on 96 training pictures, measure its loss before and after, and take it off again."""
     third = max(1, steps // 3)
     config = TrainingConfig(
-        router_steps=third, policy_steps=third, joint_steps=steps - 2 * third, warmup=3, groups=2, group_size=4, seed=seed
+        router_steps=third,
+        policy_steps=third,
+        joint_steps=steps - 2 * third,
+        warmup=3,
+        groups=2,
+        group_size=4,
+        seed=seed,
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -118,7 +128,11 @@ def report_figures(
     """Grids, the schedule, the kept tokens of two captions, and the training curve."""
     grids = {}
     for point in points:
-        shown = {"dense": "dense", "dense-finetuned": "dense, fine-tuned", "fewer-steps": f"fewer steps ({point.steps})"}
+        shown = {
+            "dense": "dense",
+            "dense-finetuned": "dense, fine-tuned",
+            "fewer-steps": f"fewer steps ({point.steps})",
+        }
         if point.method in shown or point.method == "tokens":
             label = shown.get(point.method) or f"tokens, keep {point.budget['keep']:g}"
             grids[label] = [to_image(picture) for picture in pictures[point.name][:SHOWN]]

@@ -23,16 +23,24 @@ from shivelight.training.data import load_image, read_folder
 def evaluate(
     pipeline: common.PipelineOption = None,
     adapter: common.AdapterOption = None,
-    finetuned: Annotated[str | None, typer.Option(help="Folder of a dense-finetuned adapter; the embedded one by default.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of captioned images to judge against; the embedded test set by default.")] = None,
+    finetuned: Annotated[
+        str | None, typer.Option(help="Folder of a dense-finetuned adapter; the embedded one by default.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of captioned images to judge against; the embedded test set by default.")
+    ] = None,
     keep: Annotated[list[float] | None, typer.Option(help="Budgets; repeat the option.")] = None,
     count: Annotated[int, typer.Option(min=2, help="Captions.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the dense reference.")] = embedded.STEPS,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = embedded.GUIDANCE,
     rounds: Annotated[int, typer.Option(min=3, help="Timed rounds.")] = 10,
     batch: Annotated[int, typer.Option(min=1, help="Samples per call while pictures are made.")] = 16,
-    baselines: Annotated[bool, typer.Option(help="Also fixed ratios, random tokens and tokens by norm, at 0.8, 0.6 and 0.5.")] = True,
-    features: Annotated[str, typer.Option(help="Feature network of KID and FD: efflite0, inception, or none.")] = "efflite0",
+    baselines: Annotated[
+        bool, typer.Option(help="Also fixed ratios, random tokens and tokens by norm, at 0.8, 0.6 and 0.5.")
+    ] = True,
+    features: Annotated[
+        str, typer.Option(help="Feature network of KID and FD: efflite0, inception, or none.")
+    ] = "efflite0",
     seed: common.SeedOption = 0,
     device: common.DeviceOption = common.DEFAULT_DEVICE,
     json: common.JsonOption = None,
@@ -48,7 +56,9 @@ def evaluate(
     captions, references = judged_on(images, count, pipe)
     other = finetuned or (str(embedded.FINETUNED) if pipeline is None and embedded.FINETUNED.is_dir() else None)
     weights = None if other is None else read_deltas(pipe, other)
-    points = standard_points(comparison, keep or [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], weights, BASELINE_KEEPS if baselines else ())
+    points = standard_points(
+        comparison, keep or [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], weights, BASELINE_KEEPS if baselines else ()
+    )
     with common.progress_bar("calibrating fewer steps", 1) as advance:
         points = with_fewer_steps(comparison, points)
         advance()
@@ -66,7 +76,9 @@ def evaluate(
         features="EfficientNet-Lite0" if features == "efflite0" else features,
     )  # fmt: skip
     results["rows"] = rows
-    common.print_rows(rows, f"{len(captions)} captions, {steps} steps, guidance {guidance:g}, one sample timed, {rounds} rounds")
+    common.print_rows(
+        rows, f"{len(captions)} captions, {steps} steps, guidance {guidance:g}, one sample timed, {rounds} rounds"
+    )
     common.save_json(json, results)
 
 

@@ -60,7 +60,9 @@ def generate(
     sheet.save(unfinished)
     unfinished.replace(out)
     ratio = sl.planned_ratio(pipe)
-    common.say(f"dense {dense_seconds:.2f} s, routed {routed_seconds:.2f} s (one run, unmeasured warm-up); planned FLOPs {ratio:.3f}")
+    common.say(
+        f"dense {dense_seconds:.2f} s, routed {routed_seconds:.2f} s (one run, unmeasured warm-up); planned FLOPs {ratio:.3f}"
+    )
     common.say(f"pictures: {out} (dense above, routed below)")
     if json is not None:
         results = new_results(seed=seed, device=device, backbone={"class": type(pipe.transformer).__name__})

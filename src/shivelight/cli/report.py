@@ -23,4 +23,6 @@ def report(
     loaded = [read_results(path) for path in results]
     common.say(f"report: {build_report(loaded, ReportFigures(), out, title)}")
     if json is not None:
-        write_results(json, loaded[0] if len(loaded) == 1 else {**loaded[0], "rows": [r for x in loaded for r in x["rows"]]})
+        write_results(
+            json, loaded[0] if len(loaded) == 1 else {**loaded[0], "rows": [r for x in loaded for r in x["rows"]]}
+        )

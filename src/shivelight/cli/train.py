@@ -13,41 +13,66 @@ from shivelight.config import DeltaConfig, RoutingConfig, TokenRouting
 from shivelight.errors import DataError, TrainingError
 from shivelight.evaluation.results import new_results, new_row
 from shivelight.training.data import build_cache, read_folder
+from shivelight.training.estimate import estimate
 from shivelight.training.stages import TrainingConfig
-from shivelight.training.trainer import Trainer, estimate
+from shivelight.training.trainer import Trainer
 
 _DEFAULT = TrainingConfig()
 
 
 def train(
-    images: Annotated[Path, typer.Argument(help="Folder of images with captions (name.txt beside each, or metadata.jsonl).")],
-    out: Annotated[Path, typer.Option(help="Folder of checkpoints, log and adapter; a run there is gone on with.")] = Path("runs/adapter"),
+    images: Annotated[
+        Path, typer.Argument(help="Folder of images with captions (name.txt beside each, or metadata.jsonl).")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder of checkpoints, log and adapter; a run there is gone on with.")
+    ] = Path("runs/adapter"),
     pipeline: common.PipelineOption = None,
-    method: Annotated[Literal["tokens", "dense-finetuned"], typer.Option(help="Token routing, or the same deltas without it.")] = "tokens",
+    method: Annotated[
+        Literal["tokens", "dense-finetuned"], typer.Option(help="Token routing, or the same deltas without it.")
+    ] = "tokens",
     router_steps: Annotated[int, typer.Option(min=0, help="Steps of stage 1: routers.")] = _DEFAULT.router_steps,
-    policy_steps: Annotated[int, typer.Option(min=0, help="Steps of stage 2: routers and policy.")] = _DEFAULT.policy_steps,
+    policy_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of stage 2: routers and policy.")
+    ] = _DEFAULT.policy_steps,
     joint_steps: Annotated[int, typer.Option(min=0, help="Steps of stage 3: everything.")] = _DEFAULT.joint_steps,
     groups: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = _DEFAULT.groups,
     group_size: Annotated[int, typer.Option(min=1, help="Samples per micro-batch.")] = _DEFAULT.group_size,
     rank: Annotated[int, typer.Option(min=0, help="Rank of the DoRA deltas; 0 for none.")] = 8,
-    estimator: Annotated[Literal["residual", "input"], typer.Option(help="Straight-through estimator; input is the paper's.")] = _DEFAULT.estimator,
-    budget: Annotated[Literal["anchor", "loss"], typer.Option(help="Solve for the budget, or the paper's budget loss.")] = _DEFAULT.budget,
+    estimator: Annotated[
+        Literal["residual", "input"], typer.Option(help="Straight-through estimator; input is the paper's.")
+    ] = _DEFAULT.estimator,
+    budget: Annotated[
+        Literal["anchor", "loss"], typer.Option(help="Solve for the budget, or the paper's budget loss.")
+    ] = _DEFAULT.budget,
     target: Annotated[float, typer.Option(help="Keep ratio of the budget loss.")] = _DEFAULT.target,
-    ratios: Annotated[Literal["policy", "fixed"], typer.Option(help="Keep ratios per timestep and block, or one for all.")] = "policy",
+    ratios: Annotated[
+        Literal["policy", "fixed"], typer.Option(help="Keep ratios per timestep and block, or one for all.")
+    ] = "policy",
     keep_low: Annotated[float, typer.Option(help="Lowest sampled keep ratio.")] = _DEFAULT.keep_low,
     keep_high: Annotated[float, typer.Option(help="Highest sampled keep ratio.")] = _DEFAULT.keep_high,
     lr_router: Annotated[float, typer.Option(help="Peak learning rate of the routers.")] = _DEFAULT.lr_router,
     lr_policy: Annotated[float, typer.Option(help="Peak learning rate of the policy.")] = _DEFAULT.lr_policy,
     lr_deltas: Annotated[float, typer.Option(help="Peak learning rate of the deltas.")] = _DEFAULT.lr_deltas,
-    flow_weight: Annotated[float, typer.Option(help="Weight of the flow-matching loss beside distillation.")] = _DEFAULT.flow_weight,
-    size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels; the pipeline's own by default.")] = None,
-    max_sequence_length: Annotated[int | None, typer.Option(help="T5 tokens; the pipeline's default if left out.")] = None,
+    flow_weight: Annotated[
+        float, typer.Option(help="Weight of the flow-matching loss beside distillation.")
+    ] = _DEFAULT.flow_weight,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the pictures in pixels; the pipeline's own by default.")
+    ] = None,
+    max_sequence_length: Annotated[
+        int | None, typer.Option(help="T5 tokens; the pipeline's default if left out.")
+    ] = None,
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], typer.Option(help="Autocast.")] = "bf16",
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = _DEFAULT.checkpoint_every,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=1, help="Steps between checkpoints.")
+    ] = _DEFAULT.checkpoint_every,
     preview_every: Annotated[int, typer.Option(min=0, help="Steps between preview grids; 0 for none.")] = 0,
     cache: Annotated[Path | None, typer.Option(help="Folder of cached latents; OUT/cache by default.")] = None,
     log_with: Annotated[str | None, typer.Option(help="An accelerate tracker, such as tensorboard.")] = None,
-    estimate_only: Annotated[bool, typer.Option("--estimate", help="Print time, memory and adapter size, then stop.")] = False,
+    estimate_only: Annotated[
+        bool, typer.Option("--estimate", help="Print time, memory and adapter size, then stop.")
+    ] = False,
     seed: common.SeedOption = 0,
     device: common.DeviceOption = common.DEFAULT_DEVICE,
     json: common.JsonOption = None,
@@ -71,7 +96,10 @@ def train(
     common.quiet_libraries()
     common.check_device(device)
     accelerator = Accelerator(
-        mixed_precision=mixed_precision, cpu=device == "cpu", log_with=log_with, project_dir=str(out) if log_with else None
+        mixed_precision=mixed_precision,
+        cpu=device == "cpu",
+        log_with=log_with,
+        project_dir=str(out) if log_with else None,
     )
     pipe = common.open_pipeline(pipeline, str(accelerator.device))
     side = size or pipe.transformer.config.sample_size * pipe.vae_scale_factor
@@ -87,7 +115,9 @@ def train(
             f"adapter {figures['adapter_mb']:.2f} MB"
         )
         if json is not None:
-            results = new_results(seed=seed, device=device, backbone={"class": type(pipe.transformer).__name__}, estimate=figures)
+            results = new_results(
+                seed=seed, device=device, backbone={"class": type(pipe.transformer).__name__}, estimate=figures
+            )
             common.save_json(json, results)
         return
     if log_with:

@@ -1,0 +1,1 @@
+"""The embedded pipeline, its adapters and its data set: loaders only, the files beside them."""

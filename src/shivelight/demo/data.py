@@ -99,7 +99,9 @@ class EmojiData:
             self._zip = zipfile.ZipFile(archive)
             records = json.loads(self._zip.read("concepts.json"))
         except (OSError, KeyError, zipfile.BadZipFile, json.JSONDecodeError) as error:
-            raise DataError(f"cannot read the emoji archive {archive}: {error}; rebuild it with recipes/build_data.py") from error
+            raise DataError(
+                f"cannot read the emoji archive {archive}: {error}; rebuild it with recipes/build_data.py"
+            ) from error
         concepts = [Concept(**record) for record in records]
         self.concepts = [c for c in concepts if subset == "full" or c.subgroup in CORE_SUBGROUPS]
 
@@ -115,7 +117,9 @@ class EmojiData:
         try:
             return Image.open(io.BytesIO(self._zip.read(f"{concept.hexcode}.webp"))).convert("RGBA")
         except (KeyError, OSError) as error:
-            raise DataError(f"the emoji archive has no readable picture of {concept.label!r} ({concept.hexcode})") from error
+            raise DataError(
+                f"the emoji archive has no readable picture of {concept.label!r} ({concept.hexcode})"
+            ) from error
 
     def render(self, caption: Caption, seed: int, size: int = IMAGE_SIZE) -> Image.Image:
         """Draw the caption: RGB, `size` x `size` px; position, scale, mirroring and pattern phase come from the seed."""
@@ -148,13 +152,19 @@ def draw_background(background: Background, size: int, rng: np.random.Generator)
             along = x + y if rng.random() < 0.5 else x - y
             mix = _edge(np.sin(2 * np.pi * (along / (1.4 * period) + phase_x)))
         case "checks":
-            mix = _edge(np.sin(2 * np.pi * (x / (2 * period) + phase_x)) * np.sin(2 * np.pi * (y / (2 * period) + phase_y)))
+            mix = _edge(
+                np.sin(2 * np.pi * (x / (2 * period) + phase_x)) * np.sin(2 * np.pi * (y / (2 * period) + phase_y))
+            )
         case "dots":
             fx, fy = (x / period + phase_x) % 1 - 0.5, (y / period + phase_y) % 1 - 0.5
             mix = _edge(0.33 - np.hypot(fx, fy), sharpness=24)
         case "texture":
-            coarse = Image.fromarray((rng.random((9, 9)) * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-            fine = Image.fromarray((rng.random((26, 26)) * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+            coarse = Image.fromarray((rng.random((9, 9)) * 255).astype(np.uint8)).resize(
+                (size, size), Image.Resampling.BICUBIC
+            )
+            fine = Image.fromarray((rng.random((26, 26)) * 255).astype(np.uint8)).resize(
+                (size, size), Image.Resampling.BICUBIC
+            )
             mix = 0.6 * np.asarray(coarse) / 255 + 0.4 * np.asarray(fine) / 255
             mix = np.clip((mix - 0.5) * 2.2 + 0.5, 0, 1)
         case other:

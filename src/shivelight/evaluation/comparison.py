@@ -115,13 +115,17 @@ class Comparison:
 
         return OperatingPoint("dense-finetuned", {}, self.setting.steps, state)
 
-    def at_same_latency(self, points: Sequence[OperatingPoint], rounds: int = 3, progress: Progress | None = None) -> list[OperatingPoint]:
+    def at_same_latency(
+        self, points: Sequence[OperatingPoint], rounds: int = 3, progress: Progress | None = None
+    ) -> list[OperatingPoint]:
         """Dense with as many steps as fit into each point's measured time: the peers to beat, one for each step count."""
         timings = self.time([self.dense(), *points], rounds, warmup=1, progress=progress)
         counts = {round(self.setting.steps / timings.speedup(point.name, self.dense().name).value) for point in points}
         return [self.dense(steps) for steps in sorted(counts, reverse=True) if 0 < steps < self.setting.steps]
 
-    def time(self, points: Sequence[OperatingPoint], rounds: int, warmup: int = 1, progress: Progress | None = None) -> Timings:
+    def time(
+        self, points: Sequence[OperatingPoint], rounds: int, warmup: int = 1, progress: Progress | None = None
+    ) -> Timings:
         """One-sample generations, in turns; the backbone's share is timed inside."""
         runs = {point.name: self._timed_run(point) for point in points}
         if len(runs) != len(points):
@@ -211,7 +215,9 @@ class Comparison:
                 "samples": len(pictures[point.name]),
             }  # fmt: skip
             if point is not reference:
-                figures |= fidelity_to_dense(pictures[point.name], pictures[reference.name], self.setting.seed).estimates()
+                figures |= fidelity_to_dense(
+                    pictures[point.name], pictures[reference.name], self.setting.seed
+                ).estimates()
             if real is not None and network is not None:
                 features = extract_features(pictures[point.name], network)
                 figures |= {"kid": kid(real, features), "fd": fd(real, features)}

@@ -5,6 +5,7 @@ Features are extracted once per set (`features.extract_features`) and shared by 
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -59,17 +60,22 @@ def kid(real: Tensor, generated: Tensor, seed: int = 0) -> Estimate:
         metric.update(generated.double(), real=False)
         value = float(metric.compute()[0])
 
+    return jackknife_two_samples(value, squared_mmd(real, generated), len(real), len(generated), seed)
+
+
+def squared_mmd(real: Tensor, generated: Tensor) -> Callable[[Tensor, Tensor], float]:
+    """The unbiased estimate as a function of the indices kept of either set; kernels are computed once."""
     within_real = poly_kernel(real.double(), real.double()).fill_diagonal_(0)
     within_generated = poly_kernel(generated.double(), generated.double()).fill_diagonal_(0)
     between = poly_kernel(real.double(), generated.double())
 
-    def squared_mmd(x: Tensor, y: Tensor) -> float:
+    def of(x: Tensor, y: Tensor) -> float:
         n, m = len(x), len(y)
         xx = within_real[x][:, x].sum() / (n * (n - 1))
         yy = within_generated[y][:, y].sum() / (m * (m - 1))
         return float(xx + yy - 2 * between[x][:, y].mean())
 
-    return jackknife_two_samples(value, squared_mmd, len(real), len(generated), seed)
+    return of
 
 
 def fd(real: Tensor, generated: Tensor, seed: int = 0) -> Estimate:

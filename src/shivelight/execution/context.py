@@ -134,5 +134,5 @@ class Clock:
             # Extra passes of a step (skip-layer guidance) hold the conditional samples alone.
             return "both" if call == 0 else "single"
         if self._guidance == "separate":
-            return ("cond", "uncond", "single")[min(call, 2)]  # type: ignore[return-value]
+            return ("cond", "uncond", "single")[min(call, 2)]
         return "single"

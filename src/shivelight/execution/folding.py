@@ -45,7 +45,7 @@ class FoldedWeights:
     """
 
     def __init__(self, model: nn.Module, deltas: dict[str, Delta], scale: float) -> None:
-        self._linears: dict[str, nn.Module] = {}
+        self._linears: dict[str, nn.Linear] = {}
         self._spare: dict[str, Tensor] = {}
         self.active = False
         for name, delta in deltas.items():
@@ -82,22 +82,21 @@ class FoldedWeights:
         return {name: self._spare[name].to(linear.weight.dtype) for name, linear in self._linears.items()}
 
 
-def base_linear(model: nn.Module, name: str) -> nn.Module:
+def base_linear(model: nn.Module, name: str) -> nn.Linear:
     """The plain linear layer of that name, also where peft has wrapped it (a user's LoRA)."""
     try:
         module = model.get_submodule(name)
     except AttributeError as error:
         raise AdapterError(f"The backbone has no layer {name!r}: the adapter belongs to another backbone.") from error
     module = getattr(module, "base_layer", module)
-    weight = getattr(module, "weight", None)
-    if not isinstance(module, nn.Linear) or weight is None or not weight.is_floating_point():
+    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
         raise AdapterError(
             f"The layer {name!r} is a {type(module).__name__}: DoRA deltas fold into floating-point nn.Linear weights "
             "only. Load the adapter before quantising, or use an adapter without deltas."
         )
-    if type(weight.data) is not torch.Tensor:
+    if type(module.weight.data) is not torch.Tensor:
         raise AdapterError(
-            f"The weight of {name!r} is quantised ({type(weight.data).__name__}); DoRA deltas cannot be folded into it. "
+            f"The weight of {name!r} is quantised ({type(module.weight.data).__name__}); DoRA deltas cannot be folded into it. "
             "Load the adapter before quantising, or use an adapter without deltas."
         )
     return module

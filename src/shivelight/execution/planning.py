@@ -77,7 +77,10 @@ class Planner:
         price = [self.costs[i] for i in self.routed]
         try:
             return schedule_within_cost(
-                logits, tokens, lambda i, k: price[i].flops(k, text_tokens), (budget.value * dense - always) * len(steps)
+                logits,
+                tokens,
+                lambda i, k: price[i].flops(k, text_tokens),
+                (budget.value * dense - always) * len(steps),
             )
         except BudgetError as error:
             least = (always + sum(c.flops(1, text_tokens) for c in price)) / dense

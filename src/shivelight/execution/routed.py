@@ -138,7 +138,9 @@ class Routed(nn.Module):
             self.folded = FoldedWeights(model, deltas, self.config.deltas.alpha / self.config.deltas.rank)
             self.folded.apply(self.enabled)
 
-    def schedule(self, steps: tuple[float, ...], tokens: int, text_tokens: int, budget: Budget | None = None) -> Schedule:
+    def schedule(
+        self, steps: tuple[float, ...], tokens: int, text_tokens: int, budget: Budget | None = None
+    ) -> Schedule:
         """The schedule for these timesteps under the budget in force (or another)."""
         adaptive = self.config.tokens is not None and self.config.tokens.ratios == "policy"
         policy = self.policy if adaptive else None

@@ -63,7 +63,9 @@ def load(folder: Path, identity: dict[str, Any]) -> State:
         tensors = load_file(folder / "tensors.safetensors")
         optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError) as error:
-        raise TrainingError(f"The checkpoint {folder} cannot be read: {error}. Delete it to go on from the one before.") from error
+        raise TrainingError(
+            f"The checkpoint {folder} cannot be read: {error}. Delete it to go on from the one before."
+        ) from error
     if run["identity"] != identity:
         raise TrainingError(
             f"{folder} was made with other settings ({_difference(run['identity'], identity)}). Use the same ones to go on, or "

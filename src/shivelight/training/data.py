@@ -85,7 +85,9 @@ def load_image(path: Path, size: int) -> Tensor:
     except (OSError, UnidentifiedImageError) as error:
         raise DataError(f"The image {path} cannot be read: {error}. Replace or remove it.") from error
     scale = size / min(image.size)
-    image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.LANCZOS)
+    image = image.resize(
+        (max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.LANCZOS
+    )
     left, top = (image.width - size) // 2, (image.height - size) // 2
     array = np.asarray(image.crop((left, top, left + size, top + size)), np.float32)
     return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
@@ -121,7 +123,9 @@ class LatentCache:
             empty = safe_open(folder / "empty.safetensors", framework="pt")
             self.empty_embeddings, self.empty_pooled = empty.get_tensor("embeddings"), empty.get_tensor("pooled")
         except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise DataError(f"The latent cache {folder} cannot be read: {error}. Delete it to have it made anew.") from error
+            raise DataError(
+                f"The latent cache {folder} cannot be read: {error}. Delete it to have it made anew."
+            ) from error
 
     def __len__(self) -> int:
         return self.count
@@ -190,7 +194,9 @@ def build_cache(
         (unfinished / "cache.json").write_text(json.dumps(record))
         unfinished.rename(target)
     except OSError as error:
-        raise DataError(f"The latent cache could not be written to {folder}: {error}. Free some space or choose another folder.") from error
+        raise DataError(
+            f"The latent cache could not be written to {folder}: {error}. Free some space or choose another folder."
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return LatentCache(target)

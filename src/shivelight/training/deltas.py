@@ -40,7 +40,9 @@ class LiveDeltas:
                 parameter.requires_grad_(wanted[name])
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and NAME in m.lora_A}
         if not self.layers:
-            raise TrainingError(f"The spec {spec.name!r} names no linear layer to tune (delta_targets matched nothing).")
+            raise TrainingError(
+                f"The spec {spec.name!r} names no linear layer to tune (delta_targets matched nothing)."
+            )
         for name, delta in start.items():
             self._set(name, delta)
 

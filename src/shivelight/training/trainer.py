@@ -6,7 +6,6 @@ drawn is a function of (seed, step, group, process), so a resumed run is the uni
 """
 
 import json
-import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -79,7 +78,7 @@ class Trainer:
             raise TrainingError(f"scores={routing.tokens.scores!r} have nothing to train; use scores='learned'.")
         self.pipe, self.config, self.cache, self.out = pipe, config, cache, out
         self.accelerator = accelerator or Accelerator()
-        self.backbone = backbone_of(pipe).to(self.accelerator.device).requires_grad_(False)
+        self.backbone: Any = backbone_of(pipe).to(self.accelerator.device).requires_grad_(False)
         self.deltas: LiveDeltas | None = None
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
@@ -100,7 +99,8 @@ class Trainer:
         self.step = 0
         self.history: list[dict[str, float]] = []
 
-    def _named_parameters(self) -> dict[str, nn.Parameter]:
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that trains in some stage, by its name in an adapter file."""
         named = dict(self.routed.named_parameters())
         return named | (dict(self.deltas.named_parameters()) if self.deltas is not None else {})
 
@@ -108,7 +108,7 @@ class Trainer:
         rates = {"router": self.config.lr_router, "policy": self.config.lr_policy, "deltas": self.config.lr_deltas}
         groups = []
         for kind, rate in rates.items():
-            parameters = [p for name, p in self._named_parameters().items() if name.startswith(kind)]
+            parameters = [p for name, p in self.named_parameters().items() if name.startswith(kind)]
             if parameters:
                 groups.append({"params": parameters, "lr": rate, "peak": rate, "kind": kind})
         return groups
@@ -281,7 +281,9 @@ class Trainer:
 
     def _train_only(self, stage: StageName) -> None:
         """Stage 1 trains the routers, stage 2 the policy too, stage 3 everything."""
-        trained = {"router": ("router",), "policy": ("router", "policy"), "joint": ("router", "policy", "deltas")}[stage]
+        trained = {"router": ("router",), "policy": ("router", "policy"), "joint": ("router", "policy", "deltas")}[
+            stage
+        ]
         factor = self.config.rate_factor(self.step)
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
@@ -311,7 +313,7 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Everything that the next step depends on, written whole or not at all."""
         if self.accelerator.is_main_process:
-            tensors = {name: p.detach() for name, p in self._named_parameters().items()}
+            tensors = {name: p.detach() for name, p in self.named_parameters().items()}
             tensors |= {f"budget_loss.{name}": b for name, b in self.budget_loss.named_buffers()}
             checkpoints.save(self.out, self.step, tensors, self.optimizer.state_dict(), self._identity())
         self.accelerator.wait_for_everyone()
@@ -322,15 +324,19 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
             return
         state = checkpoints.load(found, self._identity())
-        named = self._named_parameters() | {f"budget_loss.{n}": b for n, b in self.budget_loss.named_buffers()}
+        named = self.named_parameters() | {f"budget_loss.{n}": b for n, b in self.budget_loss.named_buffers()}
         if set(named) != set(state.tensors):
-            raise TrainingError(f"The checkpoint {found} holds other parameters than this run; use another output folder.")
+            raise TrainingError(
+                f"The checkpoint {found} holds other parameters than this run; use another output folder."
+            )
         with torch.no_grad():
             for name, tensor in state.tensors.items():
                 named[name].copy_(tensor)
         self.optimizer.load_state_dict(state.optimizer)
         self.step = state.step
-        self.history = checkpoints.truncate_log(self.out / "losses.jsonl", self.step, write=self.accelerator.is_main_process)
+        self.history = checkpoints.truncate_log(
+            self.out / "losses.jsonl", self.step, write=self.accelerator.is_main_process
+        )
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on: settings that change what a step does."""
@@ -368,36 +374,3 @@ def _mix(*parts: int) -> int:
         value = ((value ^ (part + 0x7F4A7C15)) * 0xBF58476D1CE4E5B9) % 2**64
         value ^= value >> 31
     return value % 2**63
-
-
-def estimate(trainer: Trainer) -> dict[str, float]:
-    """Time, memory and adapter size of a run, from one trial step of each stage whose effects are thrown away."""
-    config = trainer.config
-    saved = {name: p.detach().clone() for name, p in trainer._named_parameters().items()}
-    optimizer = trainer.optimizer.state_dict()
-    device = trainer.accelerator.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds, start = 0.0, 0
-    for length in (config.router_steps, config.policy_steps, config.joint_steps):
-        if length:
-            trainer.step = start
-            trainer.train_step()  # warm-up of kernels and caches
-            trainer.step = start
-            seconds += trainer.train_step()["seconds"] * length
-        start += length
-    with torch.no_grad():
-        for name, parameter in trainer._named_parameters().items():
-            parameter.copy_(saved[name])
-    trainer.optimizer.load_state_dict(optimizer)
-    trainer.optimizer.state.clear()
-    trainer.budget_loss = BudgetLoss(reduce=trainer.accelerator.reduce)
-    trainer.step = 0
-    size = sum(p.numel() * p.element_size() for p in trainer._named_parameters().values())
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device) / 2**20
-    else:
-        import resource
-
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"hours": seconds / 3600, "peak_memory_mb": memory, "adapter_mb": size / 2**20, "steps": math.floor(start)}

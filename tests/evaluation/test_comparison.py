@@ -1,0 +1,105 @@
+"""Comparisons on the tiny pipeline: what is the same for all methods, what differs, and what is counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import shivelight as sl
+from shivelight.adapter import routed_of
+from shivelight.adapter_files import read_deltas
+from shivelight.errors import ShivelightError
+from shivelight.evaluation.comparison import Comparison, KeptTokens, Setting
+from shivelight.evaluation.standard import standard_points
+from shivelight.execution.folding import Delta
+
+STEPS = 3
+
+
+@pytest.fixture
+def comparison(pipe) -> Comparison:  # noqa: ANN001
+    sl.attach(pipe, sl.RoutingConfig(deltas=sl.DeltaConfig(rank=2, alpha=2.0)))
+    linear = pipe.transformer.transformer_blocks[1].ff.net[2]
+    norm = linear.weight.norm(dim=1)
+    delta = Delta(torch.randn(2, linear.in_features), torch.randn(linear.out_features, 2), norm)
+    routed_of(pipe).set_deltas(pipe.transformer, {"transformer_blocks.1.ff.net.2": delta})
+    options = {"max_sequence_length": 16, "height": 32, "width": 32}
+    return Comparison(pipe, Setting(STEPS, 3.0, 0, 2, options))
+
+
+def test_every_state_is_left_as_it_was_found(comparison: Comparison) -> None:
+    routed = comparison.routed
+    config, budget = routed.config, routed.budget
+    for point in standard_points(comparison, [0.6], None):
+        with point.state():
+            pass
+        assert (routed.config, routed.budget, routed.enabled, routed.folded.active) == (config, budget, True, True)
+
+
+def test_methods_differ_only_in_which_tokens_run(comparison: Comparison) -> None:
+    points = {p.method: p for p in standard_points(comparison, [0.6], None)}
+    flops = {name: comparison.counted_flops(point) for name, point in points.items()}
+    assert flops["random"] == flops["norm"] < flops["dense"]
+    pictures = {name: comparison.pictures(point, ["a b", "c d", "e"]) for name, point in points.items()}
+    names = list(pictures)
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            same_schedule = {one, other} == {"tokens", "fixed"}  # a fresh policy is flat
+            assert torch.equal(pictures[one], pictures[other]) == same_schedule, (one, other)
+
+
+def test_batching_does_not_change_a_caption_s_seed(comparison: Comparison) -> None:
+    whole = comparison.pictures(comparison.dense(), ["a b", "c d", "e"])
+    alone = comparison.call(["e"], STEPS, first_seed=2)
+    with sl.dense(comparison.pipe):
+        alone = comparison.call(["e"], STEPS, first_seed=2)
+    torch.testing.assert_close(whole[2:], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_counted_flops_are_the_backbone_s_alone(comparison: Comparison) -> None:
+    counted = comparison.counted_flops(comparison.dense())
+    with comparison.dense().state(), FlopCounterMode(display=False) as everything:
+        comparison.call(["a"], STEPS)
+    assert 0 < counted < everything.get_total_flops()
+    fewer = comparison.counted_flops(comparison.dense(STEPS - 1))
+    assert fewer / counted == pytest.approx((STEPS - 1) / STEPS)
+    assert comparison.planned(comparison.dense(STEPS - 1)) == pytest.approx((STEPS - 1) / STEPS)
+
+
+def test_kept_tokens_are_those_of_the_schedule(comparison: Comparison) -> None:
+    sl.set_budget(comparison.pipe, keep=0.5)
+    with KeptTokens(comparison.routed).watching() as kept:
+        comparison.call(["a"], STEPS)
+    maps = kept.array()
+    schedule = sl.current_schedule(comparison.pipe, STEPS)
+    assert maps.shape == (STEPS, 3, 8, 8)
+    assert maps.flatten(2).sum(-1).tolist() == [list(row) for row in schedule.keep]
+    assert comparison.routed.observer is None
+
+
+def test_rows_hold_what_was_measured_and_nothing_else(comparison: Comparison) -> None:
+    points = [comparison.dense(), comparison.tokens(0.5), comparison.dense(2)]
+    timings = comparison.time(points, 3)
+    pictures = {p.name: comparison.pictures(p, ["a", "b"]) for p in points}
+    dense, tokens, fewer = comparison.rows(points, timings, pictures)
+    assert dense["method"] == "dense" and dense["speedup"] == 1.0 and "psnr_to_dense" not in dense
+    assert tokens["budget"] == {"keep": 0.5} and tokens["planned_ratio"] < 1.0
+    assert tokens["efficiency"] == pytest.approx(tokens["speedup"] * tokens["planned_ratio"])
+    assert fewer["method"] == "fewer-steps" and fewer["steps"] == 2
+    assert "kid" not in tokens and "peak_memory_mb" not in tokens
+
+
+def test_two_points_of_one_name_are_refused(comparison: Comparison) -> None:
+    with pytest.raises(ShivelightError, match="same name"):
+        comparison.time([comparison.dense(), comparison.dense()], 3)
+
+
+def test_the_finetuned_weights_are_folded_from_the_backbone_s_own(comparison: Comparison, tmp_path) -> None:  # noqa: ANN001
+    """Not from those of the adapter that is attached while they are read."""
+    pipe = comparison.pipe
+    folder = sl.save_adapter(pipe, tmp_path / "other")
+    with comparison.finetuned(read_deltas(pipe, folder)).state():
+        assert not comparison.routed.enabled
+        tuned = pipe.transformer.transformer_blocks[1].ff.net[2].weight.clone()
+    assert torch.equal(tuned, pipe.transformer.transformer_blocks[1].ff.net[2].weight)
