@@ -26,7 +26,7 @@ $(DEVELOPMENT): pyproject.toml constraints.txt | $(PY)
 	@touch $@ $(RUNTIME)
 
 demo: $(RUNTIME)  ## the main job: dense model -> faster model -> report (ARGS="--quick" for a shorter one)
-	$(VENV)/bin/shivelight demo $(ARGS)
+	TRANSFORMERS_VERBOSITY=error $(VENV)/bin/shivelight demo $(ARGS)
 
 # One thread for each of the two workers: torch's own threads would fight over the same cores.
 test: $(DEVELOPMENT)  ## every fast test
@@ -45,9 +45,7 @@ format: $(DEVELOPMENT)  ## mend what ruff can mend
 	$(PY) -m ruff format .
 
 recipes: $(DEVELOPMENT)  ## rebuild every embedded file from nothing (hours on a CPU; it goes on where it stopped)
-	$(PY) recipes/build_data.py
-	$(PY) recipes/train_autoencoder.py
-	$(PY) recipes/train_teacher.py $(ARGS)
+	$(PY) recipes/build.py $(ARGS)
 
 clean:  ## remove what was built; the virtual environment goes too
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -126,7 +126,9 @@ def set_budget(model: Any, *, keep: float | None = None, compute: float | None =
             "The attached adapter has no token routing, so it always runs everything: keep=1.0.", nearest=1.0
         )
     if routed.config.tokens is not None:
-        routed.schedule((500.0,), *routed.shape, budget=budget)  # raises if it cannot be reached
+        # Raises if it cannot be reached. The length of the text is known once a picture was made; until then, the least.
+        tokens, text_tokens = routed.shape
+        routed.schedule((500.0,), tokens, text_tokens if routed.shape_seen else 0, budget=budget)
     routed.budget = budget
     return model
 
@@ -184,7 +186,8 @@ def summary(model: Any) -> str:
         f"routed blocks: {routed.routed[0]} to {routed.routed[-1]}; scores {tokens.scores}, ratios {tokens.ratios}, "
         f"guidance {tokens.cfg_scores}",
         f"budget: {routed.budget.kind} = {routed.budget.value}",
-        f"planned FLOPs: {planned_ratio(backbone):.4f} of dense, at {routed.shape[0]} image and {routed.shape[1]} text tokens",
+        f"planned FLOPs: {planned_ratio(backbone):.4f} of dense, at {routed.shape[0]} image and {routed.shape[1]} text tokens"
+        + ("" if routed.shape_seen else " (assumed until the first picture)"),
         f"schedule: {current_schedule(backbone)}",
     ]
     return "\n".join(lines)

@@ -68,12 +68,12 @@ def evaluate(
     with common.progress_bar("drawing", len(points) * -(-len(captions) // batch)) as advance:
         for point in points:
             pictures[point.name] = comparison.pictures(point, captions, advance)
-    network = None if features == "none" else feature_network(features).to(device)
+    network: Any = None if features == "none" else feature_network(features).to(device)
     with common.progress_bar("judging", len(points)) as advance:
         rows = comparison.rows(points, timings, pictures, references, network, advance)
     results = new_results(
         seed=seed, device=device, backbone=describe(pipe), split="test" if images is None else str(images),
-        features="EfficientNet-Lite0" if features == "efflite0" else features,
+        **({} if network is None else {"feature_network": network.name}),
     )  # fmt: skip
     results["rows"] = rows
     common.print_rows(

@@ -75,6 +75,7 @@ class Routed(nn.Module):
         self.planner = Planner(backbone_costs(model, spec), self.routed)
         self.budget = Budget("keep", 1.0)
         self.shape = spec.default_shape(model)
+        self.shape_seen = False
         self.enabled = True
         self.session: Session | None = None
         self.observer: Observer | None = None
@@ -148,7 +149,7 @@ class Routed(nn.Module):
 
     def kept_counts(self, block: int, batch: int, tokens: int, text_tokens: int) -> tuple[int, ...]:
         """How many tokens each sample keeps in this block now: one number where all agree, else one for each sample."""
-        self.shape = (tokens, text_tokens)
+        self.shape, self.shape_seen = (tokens, text_tokens), True
         if self.budget.everything:
             return (tokens,)
         place = block - self.routed[0]
