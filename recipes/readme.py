@@ -57,7 +57,7 @@ def table() -> str:
 
 def grids() -> None:
     """32 dense pictures of test captions; and 8 of them dense, at keep 0.8, 0.6 and 0.5."""
-    pipe = common.open_pipeline(None, common.DEFAULT_DEVICE)
+    pipe = common.open_pipeline(None, common.DEFAULT_DEVICE, torch.bfloat16)
     sl.load_adapter(pipe, embedded.ADAPTER)
     comparison = Comparison(pipe, Setting(embedded.STEPS, embedded.GUIDANCE, 0, 16, {"max_sequence_length": 16}))
     captions = [str(c) for c in EmojiData().captions("test")[:32]]

@@ -48,7 +48,7 @@ def demo(
     """
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    captions = [str(c) for c in EmojiData().captions("test")[: 8 if quick else 16]]
+    captions = [str(c) for c in EmojiData().captions("test")[: 4 if quick else 8]]
     rounds, steps = (3, 9) if quick else (3, 30)
 
     common.say("1. The dense pipeline, and the adapter that was trained for it")

@@ -1,7 +1,7 @@
 """`shivelight evaluate`: quality, cost and latency of an adapter at several budgets, against its baselines."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -41,6 +41,9 @@ def evaluate(
     features: Annotated[
         str, typer.Option(help="Feature network of KID and FD: efflite0, inception, or none.")
     ] = "efflite0",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the pipeline.")
+    ] = "float32",
     seed: common.SeedOption = 0,
     device: common.DeviceOption = common.DEFAULT_DEVICE,
     json: common.JsonOption = None,
@@ -49,7 +52,7 @@ def evaluate(
 
     Example: shivelight evaluate --keep 0.8 --keep 0.6 --keep 0.5 --json evaluate.json
     """
-    pipe = common.open_pipeline(pipeline, device)
+    pipe = common.open_pipeline(pipeline, device, getattr(torch, dtype))
     sl.load_adapter(pipe, adapter or embedded.ADAPTER)
     setting = Setting(steps, guidance, seed, batch, common.call_options(pipe, pipeline))
     comparison = Comparison(pipe, setting)
