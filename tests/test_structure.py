@@ -25,7 +25,9 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" if node.module == "shivelight" else node.module for alias in node.names}
+            found |= {
+                f"{node.module}.{alias.name}" if node.module == "shivelight" else node.module for alias in node.names
+            }
     return found
 
 

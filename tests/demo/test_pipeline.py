@@ -66,4 +66,6 @@ def test_exported_images_are_what_training_reads(tmp_path: Path) -> None:
     train = {str(caption) for caption in EmojiData().captions("train")}
     assert len(found) == 5 and all(image.caption in train for image in found)
     stamp = (folder / "00000.png").stat().st_mtime_ns
-    assert (export_images(tmp_path / "images", 5) / "00000.png").stat().st_mtime_ns == stamp, "a complete folder is kept"
+    assert (export_images(tmp_path / "images", 5) / "00000.png").stat().st_mtime_ns == stamp, (
+        "a complete folder is kept"
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import shivelight as sl
 from shivelight.adapter import routed_of
@@ -127,6 +128,24 @@ def test_the_teacher_is_the_dense_model_while_deltas_live(
             assert torch.equal(trainer._velocity(batch.latents, batch, sigmas), wanted)
         with trainer.routed.switched(False):
             assert not torch.equal(trainer._velocity(batch.latents, batch, sigmas), wanted)
+
+
+def test_a_bf16_backbone_trains_fp32_routers_and_deltas(
+    pipe,
+    cache: LatentCache,
+    short: TrainingConfig,
+    routing,
+    tmp_path: Path,  # noqa: ANN001
+) -> None:
+    pipe.transformer.to(torch.bfloat16)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    trainer = Trainer(
+        pipe, routing, dataclasses.replace(short, router_steps=0, policy_steps=0), cache, tmp_path, accelerator
+    )
+    before = parameters(trainer)
+    assert {p.dtype for p in before.values()} == {torch.float32}
+    trainer.train_step()
+    assert changed(before, parameters(trainer)) == {"router", "policy", "deltas"}
 
 
 def test_the_saved_adapter_gives_what_training_saw(

@@ -39,6 +39,9 @@ class LiveDeltas:
             if name in wanted:
                 parameter.requires_grad_(wanted[name])
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and NAME in m.lora_A}
+        for _, parameter in self.named_parameters():
+            # peft gives them the backbone's dtype; in bf16 most of an optimiser's small steps would round to nothing.
+            parameter.data = parameter.data.float()
         if not self.layers:
             raise TrainingError(
                 f"The spec {spec.name!r} names no linear layer to tune (delta_targets matched nothing)."
