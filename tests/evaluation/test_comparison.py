@@ -11,7 +11,7 @@ from shivelight.adapter import routed_of
 from shivelight.adapter_files import read_deltas
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.comparison import Comparison, KeptTokens, Setting
-from shivelight.evaluation.standard import standard_points
+from shivelight.evaluation.standard import standard_points, with_fewer_steps
 from shivelight.execution.folding import Delta
 
 STEPS = 3
@@ -88,6 +88,12 @@ def test_rows_hold_what_was_measured_and_nothing_else(comparison: Comparison) ->
     assert tokens["efficiency"] == pytest.approx(tokens["speedup"] * tokens["planned_ratio"])
     assert fewer["method"] == "fewer-steps" and fewer["steps"] == 2
     assert "kid" not in tokens and "peak_memory_mb" not in tokens
+
+
+def test_fewer_steps_stand_in_every_comparison(comparison: Comparison) -> None:
+    points = with_fewer_steps(comparison, [comparison.dense(), comparison.tokens(0.5)])
+    peers = [point for point in points if point.method == "fewer-steps"]
+    assert peers and all(0 < point.steps < STEPS for point in peers)
 
 
 def test_two_points_of_one_name_are_refused(comparison: Comparison) -> None:

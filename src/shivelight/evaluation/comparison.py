@@ -115,12 +115,15 @@ class Comparison:
 
         return OperatingPoint("dense-finetuned", {}, self.setting.steps, state)
 
-    def at_same_latency(
+    def fewer_steps(
         self, points: Sequence[OperatingPoint], rounds: int = 3, progress: Progress | None = None
     ) -> list[OperatingPoint]:
-        """Dense with as many steps as fit into each point's measured time: the peers to beat, one for each step count."""
+        """The peers that cost nothing: dense with as many steps as fit into each point's measured time, and into its planned
+        FLOPs (where a method is not faster on this machine, only the second says what its plan is up against).
+        """
         timings = self.time([self.dense(), *points], rounds, warmup=1, progress=progress)
         counts = {round(self.setting.steps / timings.speedup(point.name, self.dense().name).value) for point in points}
+        counts |= {round(self.setting.steps * self.planned(point)) for point in points}
         return [self.dense(steps) for steps in sorted(counts, reverse=True) if 0 < steps < self.setting.steps]
 
     def time(

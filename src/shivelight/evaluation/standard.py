@@ -34,6 +34,6 @@ def standard_points(
 
 
 def with_fewer_steps(comparison: Comparison, points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
-    """`points`, and dense with as many steps as fit into the measured time of each routed one."""
+    """`points`, and dense with as many steps as fit into the time, and into the plan, of each routed one."""
     routed = [point for point in points if point.method == "tokens"]
-    return [*points, *comparison.at_same_latency(routed)]
+    return [*points, *comparison.fewer_steps(routed)]
