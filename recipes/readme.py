@@ -1,4 +1,4 @@
-"""Fill README's table from the committed evaluate.json, and redraw its grid of pictures from the embedded files.
+"""Fill README's table from the committed demo.json, and redraw its grid of pictures from the embedded files.
 
 python recipes/readme.py            # table only
 python recipes/readme.py --grid     # also docs/images/grid.png and docs/images/dense-32.png
@@ -20,7 +20,7 @@ from shivelight.evaluation.comparison import Comparison, Setting
 from shivelight.evaluation.results import read_results
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks/results/evaluate.json"
+RESULTS = ROOT / "benchmarks/results/demo.json"
 COLUMNS = {
     "planned": ("planned_ratio", "{:.3f}", 1),
     "speed-up": ("speedup", "{:.2f}x", 1),
@@ -50,7 +50,7 @@ def table() -> str:
         f"\n{first['samples']} captions of the {results['split']} split, guidance {first['guidance']:g}, {first['dtype']}, not "
         f"compiled; one sample timed, {first['latency_ms']['runs']} rounds; {machine['device']}, {machine['threads']} "
         f"threads, torch {machine['torch']}, diffusers {machine['diffusers']}. Source: "
-        f"`benchmarks/results/evaluate.json`, written by `{results['command']}`."
+        f"`benchmarks/results/demo.json`, written by `{results['command']}`."
     )
     return "\n".join(lines)
 
