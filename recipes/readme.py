@@ -41,7 +41,7 @@ def table() -> str:
         cells = [row["method"], f"{row['budget'].get('keep', '')}", str(row["steps"])]
         for key, pattern, scale in COLUMNS.values():
             cell = pattern.format(row[key] * scale) if key in row else ""
-            if cell and key in ("psnr_to_dense", "kid") and key in row.get("ci95", {}):
+            if cell and key in ("speedup", "psnr_to_dense", "kid") and key in row.get("ci95", {}):
                 cell += " ({} to {})".format(*(pattern.format(bound * scale) for bound in row["ci95"][key]))
             cells.append(cell)
         lines.append("| " + " | ".join(cells) + " |")

@@ -51,7 +51,6 @@ def test_methods_differ_only_in_which_tokens_run(comparison: Comparison) -> None
 
 def test_batching_does_not_change_a_caption_s_seed(comparison: Comparison) -> None:
     whole = comparison.pictures(comparison.dense(), ["a b", "c d", "e"])
-    alone = comparison.call(["e"], STEPS, first_seed=2)
     with sl.dense(comparison.pipe):
         alone = comparison.call(["e"], STEPS, first_seed=2)
     torch.testing.assert_close(whole[2:], alone, atol=1e-4, rtol=1e-4)

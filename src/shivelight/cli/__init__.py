@@ -26,7 +26,6 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        # Without standalone mode click would not turn bad usage into exit code 2 by itself.
         app(arguments)
     except ShivelightError as error:
         if debug:

@@ -35,9 +35,7 @@ SHOWN = 8
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results.json and report.html.")] = Path("shivelight-demo"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer captions, rounds and training steps: about two minutes.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer captions and training steps.")] = False,
     seed: common.SeedOption = 0,
     device: common.DeviceOption = common.DEFAULT_DEVICE,
     json: common.JsonOption = None,
@@ -49,7 +47,7 @@ def demo(
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     captions = [str(c) for c in EmojiData().captions("test")[: 4 if quick else 8]]
-    rounds, steps = (3, 9) if quick else (3, 30)
+    rounds, steps = 3, 9 if quick else 30
 
     common.say("1. The dense pipeline, and the adapter that was trained for it")
     pipe = common.open_pipeline(None, device)

@@ -3,7 +3,8 @@
 One zip file holds the small pictures (RGBA WebP, 112 px) and `concepts.json`. A *caption* is a concept on a background,
 "red apple on blue stripes"; a picture of it is drawn from the caption and a seed, so the set has as many pictures
 as seeds. Captions are split into train / validation / test by a hash of (code point, background): every concept is seen in
-training, a third of its backgrounds' combinations with it never is, and the split never depends on which subset trains.
+training, about 15% of its combinations with a background are held out, and the split never depends on which subset
+trains.
 """
 
 import hashlib
