@@ -18,6 +18,7 @@ from shivelight.demo import pipeline as embedded
 from shivelight.demo.data import EmojiData
 from shivelight.evaluation.comparison import Comparison, Setting
 from shivelight.evaluation.results import read_results
+from shivelight.report.style import budget_label
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/demo.json"
@@ -36,9 +37,9 @@ COLUMNS = {
 def table() -> str:
     """Markdown of every row, with 95% intervals of the quality figures."""
     results = read_results(RESULTS)
-    lines = ["| method | keep | steps | " + " | ".join(COLUMNS) + " |", "|---|---|---|" + "---|" * len(COLUMNS)]
+    lines = ["| method | budget | steps | " + " | ".join(COLUMNS) + " |", "|---|---|---|" + "---|" * len(COLUMNS)]
     for row in results["rows"]:
-        cells = [row["method"], f"{row['budget'].get('keep', '')}", str(row["steps"])]
+        cells = [row["method"], budget_label(row), str(row["steps"])]
         for key, pattern, scale in COLUMNS.values():
             cell = pattern.format(row[key] * scale) if key in row else ""
             if cell and key in ("speedup", "psnr_to_dense", "kid") and key in row.get("ci95", {}):

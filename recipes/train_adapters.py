@@ -10,6 +10,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import checkpoint
 import torch
 from accelerate import Accelerator
 
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["tokens", "dense-finetuned"])
     args = parser.parse_args()
     common.quiet_libraries()
+    checkpoint.use_plain_attention(torch.device(common.DEFAULT_DEVICE))
     config = TrainingConfig(
         router_steps=args.router_steps,
         policy_steps=args.policy_steps,

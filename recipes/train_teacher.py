@@ -243,6 +243,7 @@ def main() -> None:
             optimizer.load_state_dict(saved)
         start = state["step"]
     velocity = torch.compile(teacher) if args.compile else teacher
+    checkpoint.use_plain_attention(device)
     print(f"{sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M parameters, from step {start}", flush=True)
     began, smooth = time.time(), None
     for step in range(start, args.steps):

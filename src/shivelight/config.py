@@ -28,6 +28,8 @@ class TokenRouting:
         ratios: "policy" gives every (timestep, block) its own share of the budget; "fixed" the same share to all.
         cfg_scores: "cond" lets the conditional branch choose for both, batched or split; "max" is the paper's
             element-wise maximum of both branches' scores, for batched guidance only.
+        granularity: kept counts are multiples of this many tokens, as far as N divides by it and stays 32 times as
+            large; matrix kernels are fastest there, and there are fewer shapes to prepare or compile.
         seed: of the "random" scores.
     """
 
@@ -38,13 +40,15 @@ class TokenRouting:
     scores: Literal["learned", "norm", "random"] = "learned"
     ratios: Literal["policy", "fixed"] = "policy"
     cfg_scores: Literal["cond", "max"] = "cond"
+    granularity: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("bottleneck", "share", "policy_width", "seed"):
+        for name in ("bottleneck", "share", "policy_width", "granularity", "seed"):
             _integer(f"TokenRouting.{name}", getattr(self, name))
         _require(self.bottleneck >= 1, f"TokenRouting.bottleneck is {self.bottleneck}; give at least 1.")
         _require(self.share >= 1, f"TokenRouting.share is {self.share}; give at least 1.")
+        _require(self.granularity >= 1, f"TokenRouting.granularity is {self.granularity}; give at least 1.")
         _require(
             self.policy_width >= 2 and self.policy_width % 2 == 0,
             f"TokenRouting.policy_width is {self.policy_width}; give an even number.",

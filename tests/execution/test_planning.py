@@ -50,6 +50,27 @@ def test_a_keep_budget_is_met_from_below_within_one_token(count: int, keep: floa
 
 
 @settings(deadline=None, max_examples=25)
+@given(st.integers(1, 6), st.floats(0.1, 1.0), st.integers(0, 50))
+def test_coarse_counts_meet_a_keep_budget_from_below_within_one_unit(count: int, keep: float, seed: int) -> None:
+    planner = Planner(COSTS, (1, 2, 3), granularity=8)
+    schedule = planner.schedule(shaped_policy(seed), Budget("keep", keep), steps(count), 256, TEXT)
+    assert all(k % 8 == 0 and 8 <= k <= 256 for row in schedule.keep for k in row)
+    assert keep * 256 * 3 * count - 8 < schedule.total <= keep * 256 * 3 * count * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 6), st.floats(0.4, 1.0), st.integers(0, 50))
+def test_coarse_counts_meet_a_compute_budget_from_below_within_one_unit(count: int, share: float, seed: int) -> None:
+    planner = Planner(COSTS, (1, 2, 3), granularity=8)
+    schedule = planner.schedule(shaped_policy(seed), Budget("compute", share), steps(count), 256, TEXT)
+    assert all(k % 8 == 0 and 8 <= k <= 256 for row in schedule.keep for k in row)
+    dense = step_flops(COSTS, [256] * 4, TEXT) * count
+    spent = sum(step_flops(COSTS, (256, *row), TEXT) for row in schedule.keep)
+    dearest = max(COSTS[i].flops(256, TEXT) - COSTS[i].flops(248, TEXT) for i in (1, 2, 3))
+    assert share * dense - dearest < spent <= share * dense * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=25)
 @given(st.integers(1, 12), st.floats(0.35, 1.0), st.integers(0, 50), st.floats(0, 3))
 def test_a_compute_budget_is_met_from_below_within_one_token(
     count: int, share: float, seed: int, spread: float

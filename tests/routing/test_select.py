@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shivelight.errors import BudgetError, ShivelightError
 from shivelight.routing import select
-from shivelight.routing.select import check_scores, keep_count, token_mask, top_k_indices
+from shivelight.routing.select import check_scores, count_unit, keep_count, token_mask, top_k_indices
 
 
 def top_k_by_sorting(row: list[float], k: int) -> list[int]:
@@ -28,6 +28,17 @@ def test_keep_count_examples(ratio: float, tokens: int, kept: int) -> None:
 def test_keep_count_is_the_exact_floor_of_the_decimal(thousandths: int, tokens: int) -> None:
     exact = math.floor(Fraction(thousandths, 1000) * tokens)
     assert keep_count(thousandths / 1000, tokens) == max(exact, 1)
+
+
+@given(st.integers(1, 5000), st.integers(1, 64))
+def test_count_unit_divides_and_leaves_32_steps(tokens: int, granularity: int) -> None:
+    unit = count_unit(tokens, granularity)
+    assert tokens % unit == 0 and granularity % unit == 0
+    assert unit == 1 or tokens >= 32 * unit
+    assert not any(
+        tokens % part == 0 and granularity % part == 0 and tokens >= 32 * part
+        for part in range(unit + 1, granularity + 1)
+    )
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.01, math.nan])
@@ -83,4 +94,4 @@ def test_check_scores_counts_what_is_not_finite() -> None:
 
 
 def test_docstring_examples_run() -> None:
-    assert doctest.testmod(select) == (0, 1)
+    assert doctest.testmod(select) == (0, 2)

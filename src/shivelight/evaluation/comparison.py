@@ -50,7 +50,7 @@ class OperatingPoint:
 
     Attributes:
         method: its name in results.json.
-        budget: {"keep": 0.6}, or {} where there is none.
+        budget: {"keep": 0.6} or {"compute": 0.7}, or {} where there is none.
         steps: sampling steps.
         state: context manager that puts the pipeline into the state of the method.
     """
@@ -86,20 +86,23 @@ class Comparison:
         name = "dense" if steps == self.setting.steps else "fewer-steps"
         return OperatingPoint(name, {}, steps, lambda: self.routed.switched(False))
 
-    def tokens(self, keep: float, method: str = "tokens", **variant: Any) -> OperatingPoint:
+    def tokens(
+        self, keep: float | None = None, method: str = "tokens", *, compute: float | None = None, **variant: Any
+    ) -> OperatingPoint:
         """Token routing at a budget, or a variant of it on the same weights (scores="random", ratios="fixed")."""
+        budget = {"compute": compute} if keep is None else {"keep": keep}
 
         @contextmanager
         def state() -> Iterator[None]:
             before = self.routed.budget
             with self.routed.variant(**variant):
-                set_budget(self.pipe, keep=keep)
+                set_budget(self.pipe, keep=keep, compute=compute)
                 try:
                     yield
                 finally:
                     self.routed.budget = before
 
-        return OperatingPoint(method, {"keep": keep}, self.setting.steps, state)
+        return OperatingPoint(method, budget, self.setting.steps, state)
 
     def finetuned(self, weights: FoldedWeights) -> OperatingPoint:
         """The dense model with other deltas: the same training without routing."""
@@ -174,8 +177,12 @@ class Comparison:
 
     def planned(self, point: OperatingPoint) -> float:
         """Planned FLOPs of the blocks in one generation over those of the dense reference."""
-        if "keep" not in point.budget:
+        if not point.budget:
             return point.steps / self.setting.steps
+        if not self.routed.shape_seen:
+            # The length of the text is known once a step has run.
+            with self.routed.switched(True):
+                self.call(["a picture"], 1)
         with point.state():
             return planned_ratio(self.pipe, point.steps) * point.steps / self.setting.steps
 

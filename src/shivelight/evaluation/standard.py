@@ -1,5 +1,6 @@
 """The standard table: dense, dense fine-tuned, token routing, its baselines, and fewer steps at the same latency."""
 
+import math
 from collections.abc import Sequence
 
 from shivelight.evaluation.comparison import Comparison, OperatingPoint
@@ -16,8 +17,9 @@ def standard_points(
 ) -> list[OperatingPoint]:
     """Dense first, then every budget; fewer steps are added by `with_fewer_steps`, once latencies are known.
 
-    The baselines run on the tuned weights of the adapter, which were trained for the learned router: that favours them over
-    the same baselines on the backbone's own weights.
+    The baselines may spend as many planned FLOPs as routing does (attention is quadratic, so equal keep ratios would not be
+    equal cost). They run on the tuned weights of the adapter, which were trained for the learned router: that favours them
+    over the same baselines on the backbone's own weights.
     """
     points = [comparison.dense()]
     if finetuned is not None:
@@ -25,10 +27,11 @@ def standard_points(
     for keep in keeps:
         points.append(comparison.tokens(keep))
         if keep in baseline_keeps:
+            plan = math.floor(1e4 * comparison.planned(points[-1])) / 1e4
             points += [
-                comparison.tokens(keep, "fixed", ratios="fixed"),
-                comparison.tokens(keep, "random", scores="random", ratios="fixed"),
-                comparison.tokens(keep, "norm", scores="norm", ratios="fixed"),
+                comparison.tokens(method="fixed", compute=plan, ratios="fixed"),
+                comparison.tokens(method="random", compute=plan, scores="random", ratios="fixed"),
+                comparison.tokens(method="norm", compute=plan, scores="norm", ratios="fixed"),
             ]
     return points
 

@@ -9,7 +9,7 @@ import torch
 
 from shivelight import cost
 from shivelight.errors import BudgetError
-from shivelight.routing import RatioPolicy, Schedule, schedule_from_logits, schedule_within_cost
+from shivelight.routing import RatioPolicy, Schedule, count_unit, schedule_from_logits, schedule_within_cost
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,12 @@ class Planner:
     Args:
         costs: of every block of the backbone.
         routed: indices of the routed blocks.
+        granularity: see `TokenRouting`; the rounding unit of every schedule is `count_unit(tokens, granularity)`.
     """
 
-    def __init__(self, costs: Sequence[cost.BlockCost], routed: Sequence[int]) -> None:
+    def __init__(self, costs: Sequence[cost.BlockCost], routed: Sequence[int], granularity: int = 1) -> None:
         self.costs = list(costs)
+        self.granularity = granularity
         self.routed = tuple(routed)
         self._cache: dict[tuple, Schedule] = {}
 
@@ -70,8 +72,9 @@ class Planner:
         else:
             with torch.no_grad():
                 logits = policy(torch.tensor(steps, device=policy.bias.device)).float().cpu()
+        unit = count_unit(tokens, self.granularity)
         if budget.kind == "keep":
-            return schedule_from_logits(logits, tokens, budget.value)
+            return schedule_from_logits(logits, tokens, budget.value, unit)
         dense = cost.step_flops(self.costs, [tokens] * len(self.costs), text_tokens)
         always = sum(c.flops(tokens, text_tokens) for i, c in enumerate(self.costs) if i not in self.routed)
         price = [self.costs[i] for i in self.routed]
@@ -81,9 +84,10 @@ class Planner:
                 tokens,
                 lambda i, k: price[i].flops(k, text_tokens),
                 (budget.value * dense - always) * len(steps),
+                unit,
             )
         except BudgetError as error:
-            least = (always + sum(c.flops(1, text_tokens) for c in price)) / dense
+            least = (always + sum(c.flops(unit, text_tokens) for c in price)) / dense
             nearest = math.ceil(least * 1e4) / 1e4  # as printed, and never below what can be reached
             raise BudgetError(
                 f"compute={budget.value} cannot be reached: the blocks that are never routed and the text stream take "

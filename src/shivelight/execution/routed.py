@@ -72,7 +72,9 @@ class Routed(nn.Module):
         self.deltas: dict[str, Delta] = {}
         self.folded: FoldedWeights | None = None
         self.clock = Clock(pipeline, spec.guidance)
-        self.planner = Planner(backbone_costs(model, spec), self.routed)
+        self.planner = Planner(
+            backbone_costs(model, spec), self.routed, 1 if config.tokens is None else config.tokens.granularity
+        )
         self.budget = Budget("keep", 1.0)
         self.shape = spec.default_shape(model)
         self.shape_seen = False

@@ -2,7 +2,7 @@
 
 from shivelight.routing.ratio_policy import RatioPolicy, solve_anchor
 from shivelight.routing.schedule import Schedule, schedule_from_logits, schedule_within_cost, uniform_schedule
-from shivelight.routing.select import check_scores, keep_count, token_mask, top_k_indices
+from shivelight.routing.select import check_scores, count_unit, keep_count, token_mask, top_k_indices
 from shivelight.routing.token_router import PairRouter, TokenRouter
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Schedule",
     "TokenRouter",
     "check_scores",
+    "count_unit",
     "keep_count",
     "schedule_from_logits",
     "schedule_within_cost",

@@ -98,8 +98,9 @@ def uniform_schedule(steps: int, blocks: int, tokens: int, keep: float) -> Sched
     return _from_flat(counts, blocks, tokens)
 
 
-def schedule_from_logits(logits: Tensor, tokens: int, keep: float) -> Schedule:
-    """The policy's shape at a mean keep ratio: sum(k) is floor(keep * N * S * L) exactly, every k from 1 to N.
+def schedule_from_logits(logits: Tensor, tokens: int, keep: float, unit: int = 1) -> Schedule:
+    """The policy's shape at a mean keep ratio: sum(k) is floor(keep * N * S * L) exactly, every k from 1 to N; or, for
+    a larger unit u, every k a multiple of u and sum(k) the largest such sum within the budget.
 
     The anchor is solved with the clamp to [1, N] inside, the ratios are rounded down, and the tokens left over go to
     the largest remainders. Equal remainders are served spread out, so flat logits give `uniform_schedule`.
@@ -108,7 +109,10 @@ def schedule_from_logits(logits: Tensor, tokens: int, keep: float) -> Schedule:
         logits: [S, L], from `RatioPolicy`.
         tokens: N.
         keep: mean keep ratio over steps and blocks, in (0, 1].
+        unit: u, a divisor of N.
     """
+    if unit > 1:
+        return _scaled(schedule_from_logits(logits, _units(tokens, unit), keep), unit)
     flat = _finite_flat(logits)
     steps, blocks = logits.shape
     total = _total_tokens(steps, blocks, tokens, keep)
@@ -132,8 +136,10 @@ def schedule_from_logits(logits: Tensor, tokens: int, keep: float) -> Schedule:
     return _from_flat(counts, blocks, tokens)
 
 
-def schedule_within_cost(logits: Tensor, tokens: int, cost_of: Callable[[int, int], float], budget: float) -> Schedule:
-    """The policy's shape at a cost: the total is within `budget`, and no entry could take one more token within it.
+def schedule_within_cost(
+    logits: Tensor, tokens: int, cost_of: Callable[[int, int], float], budget: float, unit: int = 1
+) -> Schedule:
+    """The policy's shape at a cost: the total is within `budget`, and no entry could take one more unit within it.
 
     The cost of the rounded-down schedule is monotone in the anchor where `cost_of` is monotone in k; after
     bisection, single tokens are added in order of remainder, round by round, until none fits.
@@ -142,8 +148,14 @@ def schedule_within_cost(logits: Tensor, tokens: int, cost_of: Callable[[int, in
         logits: [S, L], from `RatioPolicy`.
         tokens: N.
         cost_of: (position of the block among the routed ones, k) -> cost, in any unit; non-decreasing in k.
-        budget: the most that the sum over steps and blocks may cost, in the same unit.
+        budget: the most that the sum over steps and blocks may cost, in the same unit of cost.
+        unit: tokens that every k is a multiple of, a divisor of N.
     """
+    if unit > 1:
+        in_units = schedule_within_cost(
+            logits, _units(tokens, unit), lambda block, count: cost_of(block, count * unit), budget
+        )
+        return _scaled(in_units, unit)
     flat = _finite_flat(logits)
     steps, blocks = logits.shape
     price = cache(cost_of)
@@ -183,6 +195,16 @@ def schedule_within_cost(logits: Tensor, tokens: int, cost_of: Callable[[int, in
             else:
                 paid[entry] = before
     return _from_flat(counts, blocks, tokens)
+
+
+def _units(tokens: int, unit: int) -> int:
+    if tokens % unit:
+        raise BudgetError(f"{tokens} tokens cannot be counted in units of {unit}; give a divisor.")
+    return tokens // unit
+
+
+def _scaled(schedule: Schedule, unit: int) -> Schedule:
+    return Schedule(tuple(tuple(unit * k for k in row) for row in schedule.keep), unit * schedule.tokens)
 
 
 def _total_tokens(steps: int, blocks: int, tokens: int, keep: float) -> int:

@@ -32,6 +32,19 @@ def keep_count(ratio: float, tokens: int) -> int:
     return min(max(guarded_floor(ratio * tokens), 1), tokens)
 
 
+def count_unit(tokens: int, granularity: int) -> int:
+    """How many tokens kept counts are a multiple of: the part that divides N, and leaves at least 32 steps where it can.
+
+    Matrix kernels are tuned to multiples of 8 (205 tokens take longer than 208: benchmarks/block_scaling.py), and fewer
+    distinct counts mean fewer kernels to prepare and fewer graphs to compile.
+
+    >>> count_unit(4096, 8), count_unit(64, 8), count_unit(100, 8), count_unit(9, 8)
+    (8, 2, 2, 1)
+    """
+    common = math.gcd(tokens, granularity)
+    return max(part for part in range(1, common + 1) if common % part == 0 and (part == 1 or tokens >= 32 * part))
+
+
 def top_k_indices(scores: Tensor, k: int) -> Tensor:
     """Indices of the k highest scores of each sample, in ascending order.
 

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shivelight.routing import keep_count
+from shivelight.routing import count_unit, keep_count
 from shivelight.training.estimators import (
     apply_input_estimator,
     apply_residual_estimator,
@@ -52,8 +52,7 @@ class TokenSession:
         selection_temperature: of the inclusion, as a share of N.
         noise: standard deviation of the noise on the scores; 0 ranks as inference does.
         generator: of the noise.
-        granularity: kept counts are rounded down to multiples of this many tokens, so that a run meets few distinct shapes
-            (matrix kernels are prepared once for each); k stays continuous in the backward pass.
+        granularity: of the kept counts, as at inference; k stays continuous in the backward pass.
         features: the student's outputs of the blocks that are compared.
     """
 
@@ -82,7 +81,7 @@ class TokenSession:
             if block not in self._drawn:  # drawn once: gradient checkpointing runs the block a second time
                 self._drawn[block] = perturb(torch.zeros_like(scores), self.noise, self.generator)
             scores = scores + self._drawn[block]
-        unit = self.granularity if tokens % self.granularity == 0 else 1
+        unit = count_unit(tokens, self.granularity)
         counts = tuple(unit * keep_count(row[place], tokens // unit) for row in self._ratios_on_host)
         ranks = soft_rank(scores, self.rank_temperature)
         k = (tokens * self.ratios[:, place]).expand(batch)

@@ -37,7 +37,6 @@ class TrainingConfig:
         caption_drop: share of samples trained with the empty caption.
         max_grad_norm: gradients are clipped to this norm.
         schedule_points: sampling steps for whose timesteps the anchor is solved.
-        granularity: kept counts are rounded down to multiples of this many tokens while training: few distinct shapes.
         checkpoint_every: steps between checkpoints.
         preview_every: steps between preview grids; 0 for none.
         seed: of everything that is drawn.
@@ -69,7 +68,6 @@ class TrainingConfig:
     caption_drop: float = 0.1
     max_grad_norm: float = 1.0
     schedule_points: int = 25
-    granularity: int = 8
     checkpoint_every: int = 200
     preview_every: int = 0
     seed: int = 0
@@ -77,7 +75,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("router_steps", "policy_steps", "joint_steps", "warmup", "preview_every"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; give 0 or more.")
-        for name in ("groups", "group_size", "feature_every", "schedule_points", "granularity", "checkpoint_every"):
+        for name in ("groups", "group_size", "feature_every", "schedule_points", "checkpoint_every"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; give 1 or more.")
         _require(self.total_steps > 0, "All three stages have 0 steps: there is nothing to train.")
         _require(

@@ -214,7 +214,7 @@ class Trainer:
                 selection_temperature=anneal(*config.selection_temperature, progress),
                 noise=0.0 if stage == "joint" else config.score_noise,
                 generator=draw.generator,
-                granularity=config.granularity,
+                granularity=self.routed.config.tokens.granularity,
             )
         self.routed.session = session
         try:
