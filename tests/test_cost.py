@@ -6,9 +6,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from shivelight import UnsupportedBackboneError
+from shivelight import BudgetError, UnsupportedBackboneError
 from shivelight.backbones import Streams, find_spec
-from shivelight.cost import BlockCost, backbone_costs, block_cost, planned_ratio, step_flops
+from shivelight.backbones.spec import Mlp
+from shivelight.cost import BlockCost, backbone_costs, block_cost, kept_channels, planned_ratio, step_flops
+from shivelight.execution.width import NarrowMlps, call_narrow
 
 
 def counted_flops(model: SD3Transformer2DModel, side: int, text_tokens: int) -> list[int]:
@@ -83,3 +85,52 @@ def test_the_planned_ratio_is_the_share_of_the_dense_flops() -> None:
     assert step_flops(costs, (16, 8, 4), 3) == expected - step_flops(costs, (16, 16, 2), 3)
     with pytest.raises(ValueError):
         step_flops(costs, (16, 8), 3)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 1.0])
+def test_the_plan_of_a_narrow_block_is_what_torch_counts(pipe: StableDiffusion3Pipeline, share: float) -> None:
+    spec, blocks = find_spec(pipe.transformer), pipe.transformer.transformer_blocks
+    assert spec.mlp is not None
+    narrow = NarrowMlps(dict(enumerate(blocks)), spec.mlp)
+    for index, cost in enumerate(backbone_costs(pipe.transformer, spec)):
+        counter = FlopCounterMode(display=False)
+        inputs = (torch.randn(1, 12, 32), torch.randn(1, 5, 32), torch.randn(1, 32))
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            call_narrow(blocks[index], narrow.replacements(index, share), blocks[index].forward, *inputs)
+        assert cost.flops(12, 5, share) == counter.get_total_flops()
+
+
+def test_a_gated_mlps_channel_costs_both_of_its_halves() -> None:
+    mlp, streams = Mlp(up=("first",), down="second", halves=2), Streams(image=("first", "second"))
+    block = nn.Module()
+    block.first, block.second = nn.Linear(3, 16), nn.Linear(11, 5)  # 8 channels beside 3 other columns
+    cost = block_cost(block, streams, mlp)
+    assert (cost.channels, cost.channel_weights) == (8, 2 * 3 + 5)
+    assert cost.flops(7, 0, 0.25) == 2 * 7 * (3 * 2 * 2 + (3 + 2) * 5)
+    assert cost.bytes_moved(7, 0, 4, 2, 0.25) == 2 * (3 * 2 * 2 + (3 + 2) * 5 + 2 * 4 * 7)
+    assert cost.flops(7, 0) == cost.flops(7, 0, 1.0) == block_cost(block, streams).flops(7, 0, 0.25)
+
+
+def test_an_mlp_outside_the_image_stream_is_an_error() -> None:
+    with pytest.raises(UnsupportedBackboneError, match=r"MLP of Block names \['second'\]"):
+        block_cost(Block(), Streams(image=("first",), text=("second",)), Mlp(up=("first",), down="second"))
+
+
+def test_narrow_widths_enter_the_planned_ratio() -> None:
+    costs = [BlockCost(100, 1, 1, 4, 0, 8, 5), BlockCost(200, 1, 1, 4, 4, 8, 5)]
+    dense = 2 * sum(c.flops(16, 3) for c in costs)
+    expected = 2 * costs[0].flops(16, 3) + costs[1].flops(8, 3, 0.5) + costs[1].flops(16, 3, 0.25)
+    assert planned_ratio(costs, ((8,), (16,)), (1,), 16, 3, ((0.5,), (0.25,))) == expected / dense
+    assert step_flops(costs, (16, 8), 3, (1.0, 0.5)) == costs[0].flops(16, 3) + costs[1].flops(8, 3) - 2 * 8 * 4 * 5
+    with pytest.raises(ValueError):
+        planned_ratio(costs, ((8,), (16,)), (1,), 16, 3, ((0.5,),))
+    with pytest.raises(ValueError):
+        step_flops(costs, (16, 8), 3, (1.0,))
+
+
+def test_the_channels_of_a_width_forgive_rounding_and_are_at_least_one() -> None:
+    assert [kept_channels(w, 100) for w in (0.29, 0.57, 0.58, 0.999, 1.0, 0.001)] == [29, 57, 58, 99, 100, 1]
+    assert kept_channels(0.5, 7) == 3 and kept_channels(0.25, 0) == 0
+    for width in (0.0, -0.5, 1.01, float("nan")):
+        with pytest.raises(BudgetError, match="MLP width"):
+            kept_channels(width, 100)

@@ -12,7 +12,7 @@ from shivelight.adapter import (
 )
 from shivelight.adapter_files import load_adapter, push_to_hub, save_adapter
 from shivelight.backbones import BackboneSpec, register_backbone
-from shivelight.config import DeltaConfig, RoutingConfig, TokenRouting
+from shivelight.config import DeltaConfig, Reuse, RoutingConfig, TokenRouting
 from shivelight.errors import (
     AdapterError,
     BudgetError,
@@ -30,6 +30,7 @@ __all__ = [
     "BudgetError",
     "DataError",
     "DeltaConfig",
+    "Reuse",
     "RoutingConfig",
     "ShivelightError",
     "TokenRouting",

@@ -21,11 +21,12 @@ from shivelight.routing import Schedule
 
 
 def attach(model: Any, config: RoutingConfig | None = None) -> Any:
-    """Route a backbone. A fresh adapter runs everything until `set_budget`: bit-identical to the dense model.
+    """Route a backbone, at the budget of the config: by default everything runs, bit-identical to the dense model.
 
     Args:
         model: a diffusers pipeline (guidance and steps are then known), or its transformer.
-        config: what to attach; token routing by default. Attaching again replaces what was attached.
+        config: what to attach; token routing by default, `RoutingConfig.training_free()` where there is no adapter.
+            Attaching again replaces what was attached.
 
     Returns:
         `model`, changed in place.
@@ -45,6 +46,11 @@ def prepare(model: Any, config: RoutingConfig) -> Routed:
     for path in (spec.timestep_embedding, spec.condition_embedding):
         if path is not None:
             _embedder(backbone, spec, path)
+    if pipeline is None and config.tokens is not None and config.tokens.scores == "drift":
+        raise UnsupportedBackboneError(
+            f"A bare {type(backbone).__name__} has no order in time, but scores='drift' (training-free routing) goes by the "
+            "residuals of earlier steps. Attach to the pipeline."
+        )
     return Routed(backbone, spec, config, pipeline)
 
 
@@ -163,7 +169,7 @@ def planned_ratio(model: Any, steps: int | None = None) -> float:
     routed = routed_of(model)
     if routed.config.tokens is None:
         return 1.0
-    return routed.planner.planned_ratio(current_schedule(model, steps), routed.shape[1])
+    return routed.planner.planned_ratio(current_schedule(model, steps), routed.shape[1], routed.attends_to_all)
 
 
 def summary(model: Any) -> str:
@@ -190,6 +196,13 @@ def summary(model: Any) -> str:
         + ("" if routed.shape_seen else " (assumed until the first picture)"),
         f"schedule: {current_schedule(backbone)}",
     ]
+    if routed.config.reuse is not None:
+        reuse = routed.config.reuse
+        lines.insert(
+            3,
+            f"reuse: residuals up to {reuse.max_age} steps old, {reuse.warmup} warm-up steps; "
+            f"{routed.residuals.megabytes:.1f} MB held of at most {reuse.max_cache_mb:g}",
+        )
     return "\n".join(lines)
 
 

@@ -4,19 +4,32 @@ One multiply-add is two FLOPs. Counted are matrix products (linear layers and at
 counts them; norms, activations and the routers themselves are not in the plan.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from shivelight.backbones.spec import BackboneSpec, Streams
-from shivelight.errors import UnsupportedBackboneError
+from shivelight.backbones.spec import BackboneSpec, Mlp, Streams
+from shivelight.errors import BudgetError, UnsupportedBackboneError
+
+
+def kept_channels(mlp_width: float, channels: int) -> int:
+    """Hidden channels that an MLP of this width runs, floor(width * H) and at least 1; plan and execution share it.
+
+    >>> kept_channels(0.75, 1024), kept_channels(0.29, 100), kept_channels(0.001, 100), kept_channels(1.0, 100)
+    (768, 29, 1, 100)
+    """
+    if not 0.0 < mlp_width <= 1.0:
+        raise BudgetError(f"The MLP width is {mlp_width}; give a share in (0, 1], for example 0.5.")
+    # 0.29 * 100 is 28.999999999999996: without rounding first, such a width loses a channel.
+    return min(max(math.floor(round(mlp_width * channels, 6)), 1), channels)
 
 
 @dataclass(frozen=True)
 class BlockCost:
-    """Cost of one block for one sample as a function of the image tokens that enter it.
+    """Cost of one block for one sample as a function of the image tokens that enter it and the width of its MLP.
 
     Attributes:
         image_weights: elements of all weight matrices applied to each image token.
@@ -24,6 +37,8 @@ class BlockCost:
         sample_weights: likewise once per sample.
         joint_width: summed width (heads x head size) of the attentions over image and text tokens.
         image_width: summed width of the attentions over image tokens alone.
+        channels: hidden channels H of the image stream's MLP that can be narrowed; 0 where none can.
+        channel_weights: elements of the image stream's weight matrices that each of them adds.
     """
 
     image_weights: int
@@ -31,21 +46,33 @@ class BlockCost:
     sample_weights: int
     joint_width: int
     image_width: int
+    channels: int = 0
+    channel_weights: int = 0
 
-    def flops(self, tokens: int, text_tokens: int) -> int:
-        """FLOPs of one forward pass of one sample with `tokens` image tokens."""
-        linear = 2 * (self.image_weights * tokens + self.text_weights * text_tokens + self.sample_weights)
-        # Scores and weighted sum: two products of (tokens x tokens x width) each.
-        attention = 4 * (self.joint_width * (tokens + text_tokens) ** 2 + self.image_width * tokens**2)
+    def flops(self, tokens: int, text_tokens: int, mlp_width: float = 1.0, attended: int | None = None) -> int:
+        """FLOPs of one forward pass of one sample with `tokens` image tokens and this share of the MLP's channels.
+
+        The image tokens that are attended to are those that run, unless `attended` says more (keys and values reused).
+        """
+        attended = tokens if attended is None else attended
+        image_weights = self._image_weights(mlp_width)
+        linear = 2 * (image_weights * tokens + self.text_weights * text_tokens + self.sample_weights)
+        # Scores and weighted sum: two products of (queries x keys x width) each.
+        joint = (tokens + text_tokens) * (attended + text_tokens)
+        attention = 4 * (self.joint_width * joint + self.image_width * tokens * attended)
         return linear + attention
 
-    def bytes_moved(self, tokens: int, text_tokens: int, width: int, element_size: int) -> int:
-        """Least memory traffic: every weight once, both streams in and out once."""
-        weights = self.image_weights + self.text_weights + self.sample_weights
+    def bytes_moved(self, tokens: int, text_tokens: int, width: int, element_size: int, mlp_width: float = 1.0) -> int:
+        """Least memory traffic: every weight in use once, both streams in and out once."""
+        weights = self._image_weights(mlp_width) + self.text_weights + self.sample_weights
         return element_size * (weights + 2 * width * (tokens + text_tokens))
 
+    def _image_weights(self, mlp_width: float) -> int:
+        left_out = self.channels - kept_channels(mlp_width, self.channels)
+        return self.image_weights - self.channel_weights * left_out
 
-def block_cost(block: nn.Module, streams: Streams) -> BlockCost:
+
+def block_cost(block: nn.Module, streams: Streams, mlp: Mlp | None = None) -> BlockCost:
     """Count one block; a linear layer or attention that no stream claims raises, so nothing is forgotten."""
     totals = {"image": 0, "text": 0, "sample": 0}
     for name, weight in _linear_weights(block):
@@ -58,21 +85,45 @@ def block_cost(block: nn.Module, streams: Streams) -> BlockCost:
         totals[claimed[0]] += weight
     joint = sum(_attention_width(block, name) for name in streams.joint_attention)
     alone = sum(_attention_width(block, name) for name in streams.image_attention)
-    return BlockCost(totals["image"], totals["text"], totals["sample"], joint, alone)
+    channels, channel_weights = 0, 0
+    if mlp is not None:
+        elsewhere = [name for name in (*mlp.up, mlp.down) if not _matches(name, streams.image)]
+        if elsewhere:
+            raise UnsupportedBackboneError(
+                f"The spec's MLP of {type(block).__name__} names {elsewhere}, which its Streams do not count for the image "
+                "tokens; only the image stream's MLP can be narrowed."
+            )
+        channels, channel_weights = mlp.channels(block), mlp.channel_weights(block)
+    return BlockCost(totals["image"], totals["text"], totals["sample"], joint, alone, channels, channel_weights)
 
 
 def backbone_costs(model: nn.Module, spec: BackboneSpec) -> list[BlockCost]:
     """`BlockCost` of every block of a model."""
-    return [block_cost(block, spec.streams) for block in spec.block_list(model)]
+    return [block_cost(block, spec.streams, spec.mlp) for block in spec.block_list(model)]
 
 
-def step_flops(costs: Sequence[BlockCost], tokens: Sequence[int], text_tokens: int) -> int:
-    """FLOPs of all blocks of one step of one sample; `tokens` holds the image tokens of every block."""
-    return sum(cost.flops(kept, text_tokens) for cost, kept in zip(costs, tokens, strict=True))
+def step_flops(
+    costs: Sequence[BlockCost],
+    tokens: Sequence[int],
+    text_tokens: int,
+    mlp_widths: Sequence[float] | None = None,
+    attended: int | None = None,
+) -> int:
+    """FLOPs of all blocks of one step of one sample; `tokens` and `mlp_widths` (None: whole) have one entry per block."""
+    widths = [1.0] * len(costs) if mlp_widths is None else mlp_widths
+    return sum(
+        cost.flops(kept, text_tokens, width, attended) for cost, kept, width in zip(costs, tokens, widths, strict=True)
+    )
 
 
 def planned_ratio(
-    costs: Sequence[BlockCost], rows: Sequence[Sequence[int]], routed: Sequence[int], tokens: int, text_tokens: int
+    costs: Sequence[BlockCost],
+    rows: Sequence[Sequence[int]],
+    routed: Sequence[int],
+    tokens: int,
+    text_tokens: int,
+    mlp_widths: Sequence[Sequence[float]] | None = None,
+    attended: int | None = None,
 ) -> float:
     """Planned FLOPs of a schedule over those of the dense blocks.
 
@@ -82,14 +133,17 @@ def planned_ratio(
         routed: indices of the routed blocks.
         tokens: N, the image tokens of a dense block.
         text_tokens: length of the text stream.
+        mlp_widths: shares of the MLP's channels [steps][routed blocks]; None where every MLP runs whole.
+        attended: image tokens that are attended to, if more than those that run.
     """
     dense = step_flops(costs, [tokens] * len(costs), text_tokens) * len(rows)
     planned = 0
-    for row in rows:
-        kept = [tokens] * len(costs)
-        for block, count in zip(routed, row, strict=True):
-            kept[block] = count
-        planned += step_flops(costs, kept, text_tokens)
+    width_rows = [[1.0] * len(routed)] * len(rows) if mlp_widths is None else mlp_widths
+    for row, width_row in zip(rows, width_rows, strict=True):
+        kept, widths = [tokens] * len(costs), [1.0] * len(costs)
+        for block, count, width in zip(routed, row, width_row, strict=True):
+            kept[block], widths[block] = count, width
+        planned += step_flops(costs, kept, text_tokens, widths, attended)
     return planned / dense
 
 

@@ -97,6 +97,47 @@ def test_train_then_generate_then_evaluate_then_report(run, images: Path, tiny_f
     assert "<html" in (tmp_path / "report.html").read_text()[:400]
 
 
+def test_generate_draws_both_rows_from_the_same_seeds(run, adapter: Path, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: ANN001
+    sheets = []
+    for seed in (3, 4):
+        code, _, error = run(
+            "generate", "a b", "--pipeline", tiny_folder, "--adapter", adapter, "--device", "cpu", "--keep", 1.0,
+            "--steps", 2, "--count", 2, "--seed", seed, "--out", tmp_path / f"{seed}.png",
+        )  # fmt: skip
+        assert code == 0, error
+        sheets.append(np.asarray(Image.open(tmp_path / f"{seed}.png"), dtype=int))
+    first, second = sheets
+    assert np.array_equal(first[:32], first[32:]), "a fresh adapter that keeps everything is the dense model"
+    assert not np.array_equal(first[:, :32], first[:, 32:])
+    # Picture i starts from the noise of seed + i.
+    assert np.abs(first[:, 32:] - second[:, :32]).max() <= 1
+
+
+def test_an_interrupted_generate_leaves_the_earlier_picture(
+    run,  # noqa: ANN001
+    adapter: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out" / "grid.png"
+    out.parent.mkdir()
+    out.write_bytes(b"the earlier picture")
+
+    def interrupted(image: Image.Image, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    code, said, _ = run(
+        "generate", "a b", "--pipeline", tiny_folder, "--adapter", adapter, "--device", "cpu", "--steps", 1,
+        "--count", 1, "--out", out,
+    )  # fmt: skip
+    assert code == 1 and "pictures:" not in said
+    assert out.read_bytes() == b"the earlier picture"
+    assert [p.name for p in out.parent.iterdir()] == ["grid.png"]
+
+
 def test_an_estimate_trains_nothing(run, images: Path, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: ANN001
     code, said, error = run(
         "train", images, "--out", tmp_path / "run", "--pipeline", tiny_folder, "--estimate", "--groups", 1,
@@ -105,7 +146,7 @@ def test_an_estimate_trains_nothing(run, images: Path, tiny_folder: Path, tmp_pa
     assert code == 0, error
     assert "hours" in said and "adapter" in said
     assert json.loads((tmp_path / "estimate.json").read_text())["estimate"]["hours"] > 0
-    assert not (tmp_path / "run/adapter").exists() and not list((tmp_path / "run").glob("checkpoint-*"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["cache"], "what was encoded, and nothing else"
 
 
 @pytest.mark.parametrize(

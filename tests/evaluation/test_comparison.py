@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import shivelight as sl
 from shivelight.adapter import routed_of
 from shivelight.adapter_files import read_deltas
+from shivelight.cost import step_flops
 from shivelight.errors import ShivelightError
-from shivelight.evaluation.comparison import Comparison, KeptTokens, Setting
+from shivelight.evaluation.comparison import Comparison, KeptTokens, OperatingPoint, Setting
+from shivelight.evaluation.latency import Timings
 from shivelight.evaluation.standard import standard_points, with_fewer_steps
 from shivelight.execution.folding import Delta
 
@@ -59,21 +65,35 @@ def test_baselines_may_spend_what_routing_plans_to_spend(comparison: Comparison)
     assert planned["tokens"] - 0.02 < planned["fixed"] <= planned["tokens"]
 
 
-def test_batching_does_not_change_a_caption_s_seed(comparison: Comparison) -> None:
-    whole = comparison.pictures(comparison.dense(), ["a b", "c d", "e"])
-    with sl.dense(comparison.pipe):
-        alone = comparison.call(["e"], STEPS, first_seed=2)
-    torch.testing.assert_close(whole[2:], alone, atol=1e-4, rtol=1e-4)
+def test_caption_i_starts_from_the_noise_of_seed_plus_i(comparison: Comparison) -> None:
+    """However captions are batched (here two at a time), and whatever the comparison's seed."""
+    captions, setting = ["a b", "c d", "e"], replace(comparison.setting, seed=7)
+    comparison.setting = setting
+    whole = comparison.pictures(comparison.dense(), captions)
+    for place, caption in enumerate(captions):
+        with sl.dense(comparison.pipe):
+            alone = comparison.pipe(
+                caption, num_inference_steps=STEPS, guidance_scale=setting.guidance, output_type="pt",
+                generator=torch.Generator().manual_seed(7 + place), **setting.options,
+            ).images  # fmt: skip
+        torch.testing.assert_close(whole[place : place + 1], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_counted_flops_are_the_backbone_s_alone(comparison: Comparison) -> None:
     counted = comparison.counted_flops(comparison.dense())
-    with comparison.dense().state(), FlopCounterMode(display=False) as everything:
+    math = sdpa_kernel(SDPBackend.MATH)  # fused attention is not counted on a CPU
+    with comparison.dense().state(), math, FlopCounterMode(display=False) as everything:
         comparison.call(["a"], STEPS)
     assert 0 < counted < everything.get_total_flops()
+    tokens, text = comparison.routed.shape[0], 32
+    blocks = 2 * STEPS * step_flops(comparison.routed.planner.costs, [tokens] * 4, text)
+    assert 1 < counted / blocks < 1.2  # the plan's blocks, and the few products around them
     fewer = comparison.counted_flops(comparison.dense(STEPS - 1))
     assert fewer / counted == pytest.approx((STEPS - 1) / STEPS)
     assert comparison.planned(comparison.dense(STEPS - 1)) == pytest.approx((STEPS - 1) / STEPS)
+    routed = comparison.tokens(0.5)  # a fresh policy is flat: every step costs the same
+    fewer_routed = comparison.planned(replace(routed, steps=STEPS - 1))
+    assert fewer_routed / comparison.planned(routed) == pytest.approx((STEPS - 1) / STEPS)
 
 
 def test_kept_tokens_are_those_of_the_schedule(comparison: Comparison) -> None:
@@ -105,6 +125,26 @@ def test_fewer_steps_stand_in_every_comparison(comparison: Comparison) -> None:
     assert peers and all(0 < point.steps < STEPS for point in peers)
 
 
+class Timed(Comparison):
+    """A comparison on a machine where routing is exactly `speedup` times faster than dense."""
+
+    speedup = 1.0
+
+    def time(self, points: Sequence[OperatingPoint], *_: object, **__: object) -> Timings:  # type: ignore[override]
+        return Timings({point.name: [1.0 if point.method == "dense" else 1 / self.speedup] * 3 for point in points})
+
+
+@pytest.mark.parametrize(("speedup", "counts"), [(1.0, {7}), (0.5, {7}), (2.0, {7, 5}), (5.0, {7, 2})])
+def test_fewer_steps_fit_into_the_measured_time_and_into_the_plan(
+    comparison: Comparison, speedup: float, counts: set[int]
+) -> None:
+    timed = Timed(comparison.pipe, replace(comparison.setting, steps=10))
+    timed.speedup = speedup
+    point = timed.tokens(0.6)
+    assert 6.5 < 10 * timed.planned(point) < 7.5
+    assert {peer.steps for peer in timed.fewer_steps([point])} == counts
+
+
 def test_two_points_of_one_name_are_refused(comparison: Comparison) -> None:
     with pytest.raises(ShivelightError, match="same name"):
         comparison.time([comparison.dense(), comparison.dense()], 3)
@@ -112,9 +152,12 @@ def test_two_points_of_one_name_are_refused(comparison: Comparison) -> None:
 
 def test_the_finetuned_weights_are_folded_from_the_backbone_s_own(comparison: Comparison, tmp_path) -> None:  # noqa: ANN001
     """Not from those of the adapter that is attached while they are read."""
-    pipe = comparison.pipe
+    pipe, name = comparison.pipe, "transformer_blocks.1.ff.net.2"
+    own = comparison.routed.folded.originals()[name].clone()
     folder = sl.save_adapter(pipe, tmp_path / "other")
     with comparison.finetuned(read_deltas(pipe, folder)).state():
         assert not comparison.routed.enabled
-        tuned = pipe.transformer.transformer_blocks[1].ff.net[2].weight.clone()
-    assert torch.equal(tuned, pipe.transformer.transformer_blocks[1].ff.net[2].weight)
+        tuned = pipe.transformer.get_submodule(name).weight.clone()
+    assert torch.equal(tuned, pipe.transformer.get_submodule(name).weight) and not torch.equal(tuned, own)
+    with sl.dense(pipe):  # and they are taken out again
+        assert torch.equal(pipe.transformer.get_submodule(name).weight, own)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate import Accelerator
 from PIL import Image
 
 from shivelight.config import DeltaConfig, RoutingConfig
 from shivelight.training.data import LatentCache, build_cache, read_folder
 from shivelight.training.stages import TrainingConfig
+from shivelight.training.trainer import Trainer
 
 
 def write_images(folder: Path, count: int = 6) -> Path:
@@ -43,3 +47,26 @@ def short() -> TrainingConfig:
 @pytest.fixture
 def routing() -> RoutingConfig:
     return RoutingConfig(deltas=DeltaConfig(rank=2, alpha=2.0))
+
+
+@pytest.fixture
+def make_trainer(
+    pipe,  # noqa: ANN001
+    cache: LatentCache,
+    short: TrainingConfig,
+    routing: RoutingConfig,
+    tmp_path: Path,
+) -> Callable[..., Trainer]:
+    """Build a trainer of the short run; keyword arguments change its settings, `folder` is below tmp_path."""
+
+    def build(
+        folder: str = "run",
+        *,
+        routing: RoutingConfig = routing,
+        accelerator: Accelerator | None = None,
+        **settings: object,
+    ) -> Trainer:
+        config = dataclasses.replace(short, **settings)  # type: ignore[arg-type]
+        return Trainer(pipe, routing, config, cache, tmp_path / folder, accelerator)
+
+    return build

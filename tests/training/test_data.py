@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,13 +69,40 @@ def test_the_cache_holds_what_the_pipeline_computes_and_drops_captions(pipe, cac
     torch.testing.assert_close(batch.pooled, pooled, atol=2e-3, rtol=2e-3)
 
 
-def test_the_cache_is_reused_until_its_data_change(pipe, images: Path, tmp_path: Path) -> None:  # noqa: ANN001
-    calls: list[int] = []
-    made = [build_cache(pipe, read_folder(images), tmp_path / "c", 32, 16, lambda d, t: calls.append(d)) for _ in "ab"]
-    assert calls == [6] and len(made[1]) == 6
-    (images / "0.txt").write_text("another caption")
-    build_cache(pipe, read_folder(images), tmp_path / "c", 32, 16, lambda d, t: calls.append(d))
-    assert calls == [6, 6]
+def other_encoder(pipe, name: str) -> None:  # noqa: ANN001
+    """A model of the same shape with other weights; the session's own one is left alone."""
+    model = copy.deepcopy(getattr(pipe, name))
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    setattr(pipe, name, model)
+
+
+def test_the_cache_is_reused_until_what_went_into_it_changes(pipe, images: Path, tmp_path: Path) -> None:  # noqa: ANN001
+    made_from: list[str] = []
+    settings = {"size": 32, "max_sequence_length": 16}
+    changes: dict[str, Callable[[], object]] = {
+        "nothing before it": lambda: None,
+        "a caption": lambda: (images / "0.txt").write_text("another caption"),
+        "a picture of the same length": lambda: os.utime(images / "1.png", ns=(1, 1)),
+        "a picture written at the same time": lambda: (
+            Image.new("RGB", (40, 36)).save(images / "1.png"), os.utime(images / "1.png", ns=(1, 1)),
+        ),
+        "one picture less": lambda: [(images / f"5.{kind}").unlink() for kind in ("png", "txt")],
+        "the size": lambda: settings.update(size=16),
+        "the length of the text": lambda: settings.update(max_sequence_length=8),
+        "the VAE": lambda: other_encoder(pipe, "vae"),
+        "a text encoder": lambda: other_encoder(pipe, "text_encoder_2"),
+    }  # fmt: skip
+    for name, change in changes.items():
+        change()
+        for _ in range(2):
+            found = read_folder(images)
+            cache = build_cache(
+                pipe, found, tmp_path / "c", **settings, progress=lambda *_, name=name: made_from.append(name)
+            )
+            assert len(cache) == len(found)
+        assert made_from[-1] == name
+    assert made_from == list(changes), "the second time nothing is computed"
 
 
 def test_a_broken_cache_is_refused(cache: LatentCache, tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,26 +19,30 @@ from shivelight.adapter import routed_of
 from shivelight.config import RoutingConfig, TokenRouting
 from shivelight.errors import TrainingError
 from shivelight.execution.routed import Routed
+from shivelight.routing import count_unit
 from shivelight.training.data import LatentCache
 from shivelight.training.estimate import estimate
 from shivelight.training.session import TeacherRecord, TokenSession
-from shivelight.training.stages import TrainingConfig
 from shivelight.training.trainer import Trainer
+
+MakeTrainer = Callable[..., Trainer]
 
 
 def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.named_parameters().items()}
 
 
+def without_seconds(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in history]
+
+
 def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
     return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
 
 
-def test_each_stage_trains_its_own_part(
-    pipe, cache: LatentCache, short: TrainingConfig, routing, tmp_path: Path
-) -> None:  # noqa: ANN001
+def test_each_stage_trains_its_own_part(pipe, make_trainer: MakeTrainer) -> None:  # noqa: ANN001
     weights = {name: p.clone() for name, p in pipe.transformer.state_dict().items()}
-    trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
+    trainer = make_trainer()
     moved = []
     for _ in range(3):
         before = parameters(trainer)
@@ -52,76 +56,69 @@ def test_each_stage_trains_its_own_part(
     assert weights.keys() == after.keys() and all(torch.equal(weights[n], after[n]) for n in weights)
 
 
-def test_a_run_that_was_killed_goes_on_exactly(
-    pipe,
-    cache: LatentCache,
-    short: TrainingConfig,
-    routing,
-    tmp_path: Path,  # noqa: ANN001
-) -> None:
-    whole = Trainer(pipe, routing, short, cache, tmp_path / "whole")
+def test_a_run_that_was_killed_goes_on_exactly(pipe, make_trainer: MakeTrainer, tmp_path: Path) -> None:  # noqa: ANN001
+    whole = make_trainer("whole")
     whole.run()
     sl.detach(pipe)
     for stop in (1, 3, 4, 6):
-        part = Trainer(pipe, routing, short, cache, tmp_path / "parts")
+        part = make_trainer("parts")
         part.run(until=stop)
         if stop < 6:
             part.close()
-    strip = lambda history: [{k: v for k, v in r.items() if k != "seconds"} for r in history]  # noqa: E731
-    assert strip(part.history) == strip(whole.history)
+    assert without_seconds(part.history) == without_seconds(whole.history)
     logged = [json.loads(line) for line in (tmp_path / "parts/losses.jsonl").read_text().splitlines()]
-    assert strip(logged) == strip(whole.history)
+    assert without_seconds(logged) == without_seconds(whole.history)
     files = [(tmp_path / run / "adapter/adapter_model.safetensors").read_bytes() for run in ("whole", "parts")]
     assert files[0] == files[1]
 
 
-def test_steps_after_the_last_checkpoint_are_trained_again(
-    pipe,
-    cache: LatentCache,
-    short: TrainingConfig,
-    routing,
-    tmp_path: Path,  # noqa: ANN001
-) -> None:
-    first = Trainer(pipe, routing, short, cache, tmp_path / "run")
+def test_steps_after_the_last_checkpoint_are_trained_again(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    first = make_trainer()
     first.run(until=4)
     first.close()
     with (tmp_path / "run/losses.jsonl").open("a") as handle:  # the process died here, one line and a half later
         handle.write('{"step": 5, "loss": 9.0}\n{"step": 6, "lo')
-    second = Trainer(pipe, routing, short, cache, tmp_path / "run")
+    second = make_trainer()
     second.run()
     assert [r["step"] for r in second.history] == [1, 2, 3, 4, 5, 6]
     assert second.history[4]["loss"] < 9.0
+    logged = [json.loads(line) for line in (tmp_path / "run/losses.jsonl").read_text().splitlines()]
+    assert logged == second.history
 
 
-def test_a_checkpoint_of_other_settings_is_refused(
-    pipe,
-    cache: LatentCache,
-    short: TrainingConfig,
-    routing,
-    tmp_path: Path,  # noqa: ANN001
-) -> None:
-    trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
+def test_ctrl_c_costs_no_step_that_was_finished(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def stop(record: dict[str, float]) -> None:
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    first = make_trainer(checkpoint_every=100)
+    with pytest.raises(KeyboardInterrupt):
+        first.run(stop)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-00000003", "losses.jsonl"}
+    done = without_seconds(first.history)
+    first.close()
+    second = make_trainer(checkpoint_every=100)
+    second.run(until=4)
+    assert [r["step"] for r in second.history] == [1, 2, 3, 4]
+    assert without_seconds(second.history[:3]) == done
+
+
+def test_a_checkpoint_of_other_settings_is_refused(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
     trainer.run(until=2)
     trainer.close()
-    other = Trainer(pipe, routing, dataclasses.replace(short, lr_router=0.5), cache, tmp_path / "run")
     with pytest.raises(TrainingError, match="lr_router was 0.001, is 0.5"):
-        other.run()
+        make_trainer(lr_router=0.5).run()
 
 
-def test_the_teacher_is_the_dense_model_while_deltas_live(
-    pipe,
-    cache: LatentCache,
-    short: TrainingConfig,
-    routing,
-    tmp_path: Path,  # noqa: ANN001
-) -> None:
+def test_the_teacher_is_the_dense_model_while_deltas_live(pipe, cache: LatentCache, make_trainer: MakeTrainer) -> None:  # noqa: ANN001
     batch = cache.batch([0, 1], [False, False])
     sigmas = torch.tensor([0.5, 0.5])
     with torch.no_grad():
         wanted = pipe.transformer(
             batch.latents, batch.embeddings, batch.pooled, 1000 * sigmas, return_dict=False
         )[0]  # fmt: skip
-        trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
+        trainer = make_trainer()
         for layer in trainer.deltas.layers.values():
             torch.nn.init.normal_(layer.lora_B["shivelight"].weight)
         with trainer.routed.switched(False), trainer.deltas.disabled():
@@ -130,34 +127,46 @@ def test_the_teacher_is_the_dense_model_while_deltas_live(
             assert not torch.equal(trainer._velocity(batch.latents, batch, sigmas), wanted)
 
 
-def test_a_bf16_backbone_trains_fp32_routers_and_deltas(
-    pipe,
-    cache: LatentCache,
-    short: TrainingConfig,
-    routing,
-    tmp_path: Path,  # noqa: ANN001
-) -> None:
+def test_the_teacher_of_a_step_sees_no_deltas(make_trainer: MakeTrainer) -> None:
+    trainer, losses = make_trainer(), []
+    for _ in range(2):
+        draw = trainer._draws()[0]
+        draw.keep = 1.0  # every token runs, so that deltas are all that student and teacher can differ in
+        losses.append(trainer._micro_batch("router", draw)["output"].item())
+        for layer in trainer.deltas.layers.values():
+            torch.nn.init.normal_(layer.lora_B["shivelight"].weight)
+    assert losses[0] < 1e-9 and losses[1] > 1e-4
+
+
+def test_training_keeps_counts_that_inference_keeps(make_trainer: MakeTrainer) -> None:
+    """In units of the adapter's granularity, within a unit of the ratio that was asked for."""
+    trainer = make_trainer(groups=6, group_size=1)
+    unit = count_unit(64, trainer.routed.config.tokens.granularity)
+    assert unit > 1
+    seen: list[int] = []
+    trainer.backbone.transformer_blocks[2].norm1.register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0].shape[1])
+    )
+    wanted = [64 * draw.keep for draw in trainer._draws()]
+    trainer.train_step()
+    assert seen[::2] == [64] * 6, "the teacher runs everything"
+    kept = seen[1::2]
+    assert all(k % unit == 0 and k <= asked < k + unit for k, asked in zip(kept, wanted, strict=True))
+    assert len(set(kept)) == 6
+
+
+def test_a_bf16_backbone_trains_fp32_routers_and_deltas(pipe, make_trainer: MakeTrainer) -> None:  # noqa: ANN001
     pipe.transformer.to(torch.bfloat16)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-    trainer = Trainer(
-        pipe, routing, dataclasses.replace(short, router_steps=0, policy_steps=0), cache, tmp_path, accelerator
-    )
+    trainer = make_trainer(accelerator=accelerator, router_steps=0, policy_steps=0)
     before = parameters(trainer)
     assert {p.dtype for p in before.values()} == {torch.float32}
     trainer.train_step()
     assert changed(before, parameters(trainer)) == {"router", "policy", "deltas"}
 
 
-def test_the_saved_adapter_gives_what_training_saw(
-    pipe,
-    cache: LatentCache,
-    short: TrainingConfig,
-    routing,
-    sample,
-    tmp_path: Path,  # noqa: ANN001
-) -> None:
-    trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
-    folder = trainer.run()
+def test_the_saved_adapter_gives_what_training_saw(pipe, make_trainer: MakeTrainer, sample) -> None:  # noqa: ANN001
+    folder = make_trainer().run()
     sl.set_budget(pipe, keep=0.5)
     before = sample(pipe, ["a b"])
     sl.detach(pipe)
@@ -198,14 +207,8 @@ def test_selection_in_training_without_noise_is_that_of_inference(pipe, sample) 
     assert torch.equal(training, inference)
 
 
-def test_the_anchor_meets_every_target_on_the_sampling_grid(
-    pipe,
-    cache: LatentCache,
-    short: TrainingConfig,
-    routing,
-    tmp_path: Path,  # noqa: ANN001
-) -> None:
-    trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
+def test_the_anchor_meets_every_target_on_the_sampling_grid(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
     with torch.no_grad():
         trainer.routed.policy.time_out.normal_()
         trainer.routed.policy.layer_out.normal_()
@@ -220,29 +223,22 @@ def test_the_anchor_meets_every_target_on_the_sampling_grid(
         assert ratios.std() > 0.05
 
 
-def test_timesteps_and_ratios_are_stratified_over_the_groups(
-    pipe,
-    cache: LatentCache,
-    short: TrainingConfig,
-    routing,
-    tmp_path: Path,  # noqa: ANN001
-) -> None:
-    trainer = Trainer(pipe, routing, dataclasses.replace(short, groups=8), cache, tmp_path / "run")
-    draws = trainer._draws()
+def test_timesteps_and_ratios_are_stratified_over_the_groups(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(groups=8)
+    draws, low = trainer._draws(), trainer.config.keep_low
     assert sorted(int(d.sigma * 8) for d in draws) == list(range(8))
-    width = (short.keep_high - short.keep_low) / 8
-    assert sorted(int((d.keep - short.keep_low) / width) for d in draws) == list(range(8))
+    width = (trainer.config.keep_high - low) / 8
+    assert sorted(int((d.keep - low) / width) for d in draws) == list(range(8))
 
 
-def test_the_baseline_without_routing_trains_its_deltas_only(
-    pipe,
-    cache: LatentCache,
-    short: TrainingConfig,
-    tmp_path: Path,  # noqa: ANN001
-) -> None:
+def test_the_baseline_without_routing_trains_its_deltas_only(make_trainer: MakeTrainer) -> None:
     routing = RoutingConfig(tokens=None, deltas=sl.DeltaConfig(rank=2, alpha=2.0))
-    config = dataclasses.replace(short, router_steps=0, policy_steps=0, joint_steps=2)
-    folder = Trainer(pipe, routing, config, cache, tmp_path / "run").run()
+    trainer = make_trainer(routing=routing, router_steps=0, policy_steps=0, joint_steps=2)
+    before = parameters(trainer)
+    assert {name.split(".")[0] for name in before} == {"deltas"}
+    trainer.train_step()
+    assert changed(before, parameters(trainer)) == {"deltas"}
+    folder = trainer.run()
     stored = json.loads((folder / "adapter_config.json").read_text())
     assert stored["routing"]["tokens"] is None and stored["routed_blocks"] == []
 
@@ -250,46 +246,28 @@ def test_the_baseline_without_routing_trains_its_deltas_only(
 @pytest.mark.parametrize("estimator", ["residual", "input"])
 @pytest.mark.parametrize("budget", ["anchor", "loss"])
 def test_every_estimator_and_budget_reaches_router_and_policy(
-    pipe,
-    cache: LatentCache,
-    short: TrainingConfig,
-    estimator: str,
-    budget: str,
-    tmp_path: Path,  # noqa: ANN001
+    make_trainer: MakeTrainer, estimator: str, budget: str
 ) -> None:
-    config = dataclasses.replace(short, router_steps=0, estimator=estimator, budget=budget, logit_noise=0.0)
-    trainer = Trainer(pipe, RoutingConfig(TokenRouting()), config, cache, tmp_path / "run")
+    routing = RoutingConfig(TokenRouting())
+    trainer = make_trainer(routing=routing, router_steps=0, estimator=estimator, budget=budget, logit_noise=0.0)
     before = parameters(trainer)
     trainer.train_step()
     assert changed(before, parameters(trainer)) == {"router", "policy"}
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    pipe,
-    cache: LatentCache,
-    short: TrainingConfig,
-    routing,
-    tmp_path: Path,  # noqa: ANN001
-) -> None:
-    trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
+def test_a_loss_that_is_not_finite_stops_the_run(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(caption_drop=0.99)
     trainer.cache.empty_pooled.fill_(float("nan"))
-    trainer.config = dataclasses.replace(short, caption_drop=0.99)
     with pytest.raises(TrainingError, match="became nan at step 0.*lower learning rates"):
         trainer.run()
     assert not (tmp_path / "run/adapter").exists()
 
 
-def test_an_estimate_changes_nothing(
-    pipe,
-    cache: LatentCache,
-    short: TrainingConfig,
-    routing,
-    tmp_path: Path,  # noqa: ANN001
-) -> None:
-    plain = Trainer(pipe, routing, short, cache, tmp_path / "plain")
+def test_an_estimate_changes_nothing(make_trainer: MakeTrainer) -> None:
+    plain = make_trainer("plain")
     first = plain.train_step()
     plain.close()
-    trainer = Trainer(pipe, routing, short, cache, tmp_path / "run")
+    trainer = make_trainer()
     figures = estimate(trainer)
     assert figures["hours"] > 0 and figures["steps"] == 6
     assert figures["adapter_mb"] == pytest.approx(sum(p.numel() for p in parameters(trainer).values()) * 4 / 2**20)
@@ -321,10 +299,12 @@ def test_two_processes_agree_on_budget_average_and_weights(tiny_folder: Path, im
                 cache = build_cache(pipe, read_folder(images), out / "cache", 32, 16)
             config = TrainingConfig(router_steps=1, policy_steps=2, joint_steps=1, groups=1, group_size=2, budget="loss")
             trainer = Trainer(pipe, RoutingConfig(deltas=DeltaConfig(rank=2, alpha=2.0)), config, cache, out, accelerator)
-            drawn = [[d.sigma for d in trainer._draws()]]
+            draws = trainer._draws()
+            drawn = [(d.sigma, d.keep) for d in draws], [torch.rand((), generator=d.generator).item() for d in draws]
             trainer.run()
             digest = float(sum(p.double().abs().sum() for p in trainer.routed.parameters()))
             record = {"average": float(trainer.budget_loss.deviation), "digest": digest, "drawn": drawn}
+            record["history"] = [{k: v for k, v in r.items() if k != "seconds"} for r in trainer.history]
             (out / f"rank{accelerator.process_index}.json").write_text(json.dumps(record))
             """
         )
@@ -339,4 +319,6 @@ def test_two_processes_agree_on_budget_average_and_weights(tiny_folder: Path, im
     first, second = (json.loads((tmp_path / "run" / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["average"] == second["average"] != 0.0
     assert first["digest"] == second["digest"]
-    assert first["drawn"] != second["drawn"]
+    assert first["history"] == second["history"] and len(first["history"]) == 4, "what is logged is the mean"
+    for mine, other in zip(first["drawn"], second["drawn"], strict=True):
+        assert mine[0] != other[0], "timesteps, ratios and noise are each process's own"

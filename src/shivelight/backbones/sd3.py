@@ -1,6 +1,6 @@
 """Stable Diffusion 3, 3.5-Medium (dual attention) and 3.5-Large: diffusers' SD3Transformer2DModel."""
 
-from shivelight.backbones.spec import BackboneSpec, Streams
+from shivelight.backbones.spec import BackboneSpec, Mlp, Streams
 
 SPEC = BackboneSpec(
     name="sd3",
@@ -37,6 +37,9 @@ SPEC = BackboneSpec(
     widths=lambda model: (model.inner_dim, model.inner_dim, model.inner_dim),
     # 77 CLIP and 256 T5 tokens, as the pipeline pads them by default.
     default_shape=lambda model: ((model.config.sample_size // model.config.patch_size) ** 2, 333),
+    context_linears=("attn.to_k", "attn.to_v", "attn2.to_k", "attn2.to_v"),
     text_argument="encoder_hidden_states",
     guidance="batched",
+    # Of the image stream; the text's, `ff_context`, runs whole.
+    mlp=Mlp(up=("ff.net.0.proj",), down="ff.net.2"),
 )

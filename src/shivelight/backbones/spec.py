@@ -29,6 +29,60 @@ class Streams:
 
 
 @dataclass(frozen=True)
+class Mlp:
+    """The MLP of a block whose hidden channels can be narrowed: names of linear layers relative to the block.
+
+    Attributes:
+        up: the layers whose outputs are the H hidden channels; several where gate and value are layers of their own.
+        down: the layer that reads them, as the last H of its columns. Columns before them (in_features - H) stay whole:
+            FLUX's single blocks put the attention's output there.
+        halves: how many parts of H rows an up-projection's output stacks; 2 for GEGLU and SwiGLU, which then take one
+            as the gate of the other.
+    """
+
+    up: tuple[str, ...]
+    down: str
+    halves: int = 1
+
+    def channels(self, block: nn.Module) -> int:
+        """H, the hidden channels of this block's MLP."""
+        made = {name: self._layer(block, name).out_features for name in self.up}
+        stacked = min(made.values(), default=0)
+        hidden, rest = divmod(stacked, self.halves)
+        read = self._layer(block, self.down).in_features
+        if set(made.values()) != {stacked} or rest or not 0 < hidden <= read:
+            raise UnsupportedBackboneError(
+                f"The MLP of {type(block).__name__} does not fit its spec: {made} output features in {self.halves} parts "
+                f"cannot be the last of the {read} inputs of {self.down!r}. Correct `mlp` in the spec."
+            )
+        return hidden
+
+    def offset(self, block: nn.Module) -> int:
+        """Columns of the down-projection before those of the hidden channels; 0 for an MLP that stands alone."""
+        return self._layer(block, self.down).in_features - self.channels(block)
+
+    def channel_weights(self, block: nn.Module) -> int:
+        """Elements of the weight matrices that one hidden channel adds."""
+        above = sum(self.halves * self._layer(block, name).in_features for name in self.up)
+        return above + self._layer(block, self.down).out_features
+
+    def _layer(self, block: nn.Module, name: str) -> Any:
+        try:
+            layer = block.get_submodule(name)
+        except AttributeError as error:
+            raise UnsupportedBackboneError(
+                f"{type(block).__name__} has no layer {name!r}, which its spec names as part of the MLP."
+            ) from error
+        # Quantised and peft's layers are other classes with the same two attributes.
+        if not hasattr(layer, "in_features") or not hasattr(layer, "out_features"):
+            raise UnsupportedBackboneError(
+                f"The layer {name!r} of {type(block).__name__} is a {type(layer).__name__}; the MLP of a spec names "
+                "linear layers."
+            )
+        return layer
+
+
+@dataclass(frozen=True)
 class BackboneSpec:
     """Data that lets routing run on a family without copying its forward.
 
@@ -41,6 +95,8 @@ class BackboneSpec:
         token_arguments: further ones whose dimension 1 follows the image tokens and must be gathered along.
         returns: what the block returns, in order; ("image",) means the bare tensor.
         timestep_embedding: path of the module whose output [B, T] embeds the timestep.
+        context_linears: names, relative to the block, of the projections whose outputs [B, N, E] image tokens are attended
+            by; a rejected token keeps its last one where residuals are reused.
         condition_embedding: path of the module whose output [B, C] embeds the pooled condition, or None.
         timestep_argument: name of the backbone's forward parameter that holds the timesteps.
         model_arguments: names of the backbone's forward parameters, in order.
@@ -53,6 +109,7 @@ class BackboneSpec:
         guidance: how the family's pipelines run classifier-free guidance: in one batch (unconditional half first), as
             separate calls, or never.
         first_routed: blocks before this index are never pruned.
+        mlp: the MLP of the image stream, whose hidden layer can be narrowed, or None.
     """
 
     name: str
@@ -71,9 +128,11 @@ class BackboneSpec:
     text_argument: str | None = None
     timestep_scale: float = 1.0
     token_arguments: tuple[str, ...] = ()
+    context_linears: tuple[str, ...] = ()
     condition_embedding: str | None = None
     guidance: Literal["batched", "separate", "none"] = "none"
     first_routed: int = 1
+    mlp: Mlp | None = None
 
     def block_list(self, model: nn.Module) -> nn.ModuleList:
         """The blocks of a model of this family."""

@@ -15,6 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+CTRL_C = 130  # what typer makes of a KeyboardInterrupt
 COMMANDS = ("demo", "train", "generate", "evaluate", "report")
 for _command in COMMANDS:
     _module = import_module(f"shivelight.cli.{_command}")
@@ -32,8 +33,8 @@ def main() -> None:
             raise
         typer.echo(f"shivelight: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        if debug:
+    except SystemExit as stop:
+        if stop.code != CTRL_C:
             raise
         typer.echo("shivelight: interrupted; nothing is left half-written", err=True)
         sys.exit(1)

@@ -12,6 +12,7 @@ import shivelight as sl
 from shivelight.cli import common
 from shivelight.demo import pipeline as embedded
 from shivelight.evaluation.results import new_results, new_row
+from shivelight.files import replacing
 
 
 def generate(
@@ -55,10 +56,8 @@ def generate(
     for row, images in enumerate((dense, routed)):
         for column, image in enumerate(images):
             sheet.paste(image, (column * width, row * height))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.part.png")
-    sheet.save(unfinished)
-    unfinished.replace(out)
+    with replacing(out) as unfinished:
+        sheet.save(unfinished)
     ratio = sl.planned_ratio(pipe)
     common.say(
         f"dense {dense_seconds:.2f} s, routed {routed_seconds:.2f} s (one run, unmeasured warm-up); planned FLOPs {ratio:.3f}"

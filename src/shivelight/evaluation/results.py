@@ -9,7 +9,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from shivelight.errors import DataError
 from shivelight.evaluation.statistics import Estimate
+from shivelight.files import replacing
 
 SCHEMA = 1
 REQUIRED = {"schema": int, "command": str, "commit": str, "machine": dict, "seed": int, "backbone": dict, "rows": list}
@@ -190,32 +190,16 @@ def write_results(path: Path | str, results: Mapping[str, Any]) -> Path:
 def write_atomic(path: Path | str, text: str) -> Path:
     """Writes text to a neighbour, then renames it: an interruption or a full disk never leaves half a file."""
     path = Path(path)
-    temporary: str | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes a private file; the result is as public as any file of this user.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
     except OSError as error:
         raise DataError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
         ) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def read_results(path: Path | str) -> dict[str, Any]:

@@ -120,13 +120,23 @@ class BlockHook(ModelHook):
         counts = routed.kept_counts(self.block, batch, tokens, call.text_tokens)
         if counts == (tokens,):
             # A permuted k = N is not bit-identical, so nothing is gathered.
-            output = self.fn_ref.original_forward(*args, **kwargs)
+            if routed.reuses and not routed.budget.everything:
+                with routed.remembering(self.block, module, x, None) as complete:
+                    output = self.fn_ref.original_forward(*args, **kwargs)
+                    complete(call.split(output)[0])
+            else:
+                output = self.fn_ref.original_forward(*args, **kwargs)
             if routed.observer is not None:
                 routed.observer(self.block, x, call.split(output)[0], None)
             return output
         if len(counts) == 1:
             indices = self._select(x, counts[0])
-            image, text = self._run(call, x, indices)
+            if routed.reuses:
+                with routed.remembering(self.block, module, x, indices) as complete:
+                    image, text = call.split(self.fn_ref.original_forward(**call.on_tokens(x, indices)))
+                    image = complete(image)
+            else:
+                image, text = self._run(call, x, indices)
         else:
             indices, (image, text) = None, self._run_groups(call, x, self._paired_scores(x), counts)
         if routed.observer is not None:

@@ -49,20 +49,41 @@ class Planner:
         self._cache.clear()
 
     def schedule(
-        self, policy: RatioPolicy | None, budget: Budget, steps: tuple[float, ...], tokens: int, text_tokens: int
+        self,
+        policy: RatioPolicy | None,
+        budget: Budget,
+        steps: tuple[float, ...],
+        tokens: int,
+        text_tokens: int,
+        warmup: float = 0.0,
+        attend_all: bool = False,
     ) -> Schedule:
-        """The integers for these timesteps; `policy` None means the same ratio everywhere."""
-        key = (policy is None, budget, steps, tokens, text_tokens)
+        """The integers for these timesteps; `policy` None means the same ratio everywhere, except that the first steps,
+        the share `warmup` of all, run everything and the others make up for them.
+
+        `attend_all` counts attention to every token, also those that do not run (keys and values are reused).
+        """
+        key = (policy is None, budget, steps, tokens, text_tokens, warmup, attend_all)
         if key not in self._cache:
-            self._cache[key] = self._solve(policy, budget, steps, tokens, text_tokens)
+            self._cache[key] = self._solve(policy, budget, steps, tokens, text_tokens, warmup, attend_all)
         return self._cache[key]
 
-    def planned_ratio(self, schedule: Schedule, text_tokens: int) -> float:
+    def planned_ratio(self, schedule: Schedule, text_tokens: int, attend_all: bool = False) -> float:
         """Planned FLOPs over dense."""
-        return cost.planned_ratio(self.costs, schedule.keep, self.routed, schedule.tokens, text_tokens)
+        attended = schedule.tokens if attend_all else None
+        return cost.planned_ratio(
+            self.costs, schedule.keep, self.routed, schedule.tokens, text_tokens, attended=attended
+        )
 
     def _solve(
-        self, policy: RatioPolicy | None, budget: Budget, steps: tuple[float, ...], tokens: int, text_tokens: int
+        self,
+        policy: RatioPolicy | None,
+        budget: Budget,
+        steps: tuple[float, ...],
+        tokens: int,
+        text_tokens: int,
+        warmup: float,
+        attend_all: bool,
     ) -> Schedule:
         shape = (len(steps), len(self.routed))
         if budget.everything:
@@ -72,22 +93,25 @@ class Planner:
         else:
             with torch.no_grad():
                 logits = policy(torch.tensor(steps, device=policy.bias.device)).float().cpu()
+        # A ratio of sigmoid(60) is 1.0 in float64.
+        logits[: math.ceil(warmup * len(steps))] = 60.0
         unit = count_unit(tokens, self.granularity)
         if budget.kind == "keep":
             return schedule_from_logits(logits, tokens, budget.value, unit)
         dense = cost.step_flops(self.costs, [tokens] * len(self.costs), text_tokens)
         always = sum(c.flops(tokens, text_tokens) for i, c in enumerate(self.costs) if i not in self.routed)
+        attended = tokens if attend_all else None
         price = [self.costs[i] for i in self.routed]
         try:
             return schedule_within_cost(
                 logits,
                 tokens,
-                lambda i, k: price[i].flops(k, text_tokens),
+                lambda i, k: price[i].flops(k, text_tokens, attended=attended),
                 (budget.value * dense - always) * len(steps),
                 unit,
             )
         except BudgetError as error:
-            least = (always + sum(c.flops(unit, text_tokens) for c in price)) / dense
+            least = (always + sum(c.flops(unit, text_tokens, attended=attended) for c in price)) / dense
             nearest = math.ceil(least * 1e4) / 1e4  # as printed, and never below what can be reached
             raise BudgetError(
                 f"compute={budget.value} cannot be reached: the blocks that are never routed and the text stream take "

@@ -1,7 +1,7 @@
 """The state of a routed backbone: its routers and policy as one submodule, and what the hooks need to know."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, NoReturn, Protocol
 
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from shivelight.backbones.spec import BackboneSpec
-from shivelight.config import RoutingConfig
+from shivelight.config import Reuse, RoutingConfig
 from shivelight.cost import backbone_costs
 from shivelight.errors import BudgetError, ShivelightError, UnsupportedBackboneError
 from shivelight.execution.context import GRID, Clock, StepContext
 from shivelight.execution.folding import Delta, FoldedWeights
 from shivelight.execution.planning import Budget, Planner
+from shivelight.execution.reuse import ResidualCache
 from shivelight.routing import RatioPolicy, Schedule, TokenRouter
 
 NAME = "shivelight"
@@ -75,7 +76,8 @@ class Routed(nn.Module):
         self.planner = Planner(
             backbone_costs(model, spec), self.routed, 1 if config.tokens is None else config.tokens.granularity
         )
-        self.budget = Budget("keep", 1.0)
+        self.budget = Budget("keep", config.keep)
+        self.residuals = self._new_residuals()
         self.shape = spec.default_shape(model)
         self.shape_seen = False
         self.enabled = True
@@ -98,11 +100,51 @@ class Routed(nn.Module):
 
     def begin(self, timestep: Tensor | None) -> None:
         """A forward pass of the backbone begins."""
-        self.clock.tick(timestep)
+        generation = self.context.generation
+        if self.clock.tick(timestep).generation != generation:
+            self.residuals.clear()
 
     def reset(self) -> None:
         """The next pass starts from nothing."""
         self.clock.reset()
+        self.residuals.clear()
+
+    @property
+    def attends_to_all(self) -> bool:
+        """Whether tokens that run attend to the others too, by the keys and values those last had."""
+        return self.config.reuse is not None and self.config.reuse.context and bool(self.spec.context_linears)
+
+    @property
+    def reuses(self) -> bool:
+        """Whether residuals are kept now: passes of a bare transformer have no order in time."""
+        return self.config.reuse is not None and self.context.steps is not None
+
+    @contextmanager
+    def remembering(
+        self, block: int, module: nn.Module, x: Tensor, indices: Tensor | None
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
+        """While a block runs on some of its tokens x [B, N, D]: the others keep their last keys and values.
+
+        Yields a function that takes the block's output [B, k, D] and completes it to [B, N, D] (see `TokenResiduals.update`).
+        """
+        reuse, context = self.config.reuse, self.context
+        assert reuse is not None
+        entry = self.residuals.enter((context.call, block), x)
+        handles = []
+        for name in self.spec.context_linears if reuse.context else ():
+            with suppress(AttributeError):  # only some blocks have dual attention
+                # Registered for this call alone, on whatever the layer is by now: a user's LoRA may have wrapped it.
+                handles.append(
+                    module.get_submodule(name).register_forward_hook(
+                        lambda _, __, output, name=name: entry.complete_projection(name, indices, output)
+                    )
+                )
+        try:
+            yield lambda out: entry.update(x, indices, out, context.step, reuse.max_age)
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.residuals.trim()
 
     @contextmanager
     def switched(self, enabled: bool) -> Iterator[None]:
@@ -115,15 +157,19 @@ class Routed(nn.Module):
             self.enable(previous)
 
     @contextmanager
-    def variant(self, **changes: Any) -> Iterator[None]:
-        """Other `TokenRouting` settings for a while, on the same weights: baselines such as scores="random"."""
+    def variant(self, *, reuse: Reuse | None = None, **changes: Any) -> Iterator[None]:
+        """Other settings for a while, on the same weights: of `TokenRouting`, such as scores="random", or with reuse."""
         previous = self.config
         assert previous.tokens is not None
-        self.config = replace(previous, tokens=replace(previous.tokens, **changes))
+        self.config = replace(
+            previous, tokens=replace(previous.tokens, **changes), reuse=reuse if reuse is not None else previous.reuse
+        )
+        self.residuals = self._new_residuals()
         try:
             yield
         finally:
             self.config = previous
+            self.residuals = self._new_residuals()
 
     def enable(self, enabled: bool) -> None:
         """Routing and deltas on or off."""
@@ -147,7 +193,11 @@ class Routed(nn.Module):
         """The schedule for these timesteps under the budget in force (or another)."""
         adaptive = self.config.tokens is not None and self.config.tokens.ratios == "policy"
         policy = self.policy if adaptive else None
-        return self.planner.schedule(policy, budget or self.budget, steps, tokens, text_tokens)
+        reuse = self.config.reuse if steps is not GRID else None
+        return self.planner.schedule(
+            policy, budget or self.budget, steps, tokens, text_tokens,
+            warmup=0.0 if reuse is None else reuse.warmup, attend_all=self.attends_to_all,
+        )  # fmt: skip
 
     def kept_counts(self, block: int, batch: int, tokens: int, text_tokens: int) -> tuple[int, ...]:
         """How many tokens each sample keeps in this block now: one number where all agree, else one for each sample."""
@@ -178,6 +228,11 @@ class Routed(nn.Module):
         if tokens.scores == "random":
             return self._random_scores(block, x)
         context = self.context
+        if tokens.scores == "drift":
+            assert self.config.reuse is not None
+            drift = self.residuals.scores((context.call, block), x, samples, context.step, self.config.reuse.max_age)
+            # Without a residual to go by (memory ran out), the features are all there is.
+            return torch.linalg.vector_norm(x.float(), dim=-1) if drift is None else drift
         if self.router is None or context.time_embedding is None:
             raise UnsupportedBackboneError(
                 f"The spec {self.spec.name!r} names {self.spec.timestep_embedding!r} as the timestep embedding, but it did "
@@ -191,6 +246,9 @@ class Routed(nn.Module):
         rows = x.shape[0]
         condition = None if condition is None else condition.expand(rows, -1)
         return self.router(block, x, time.expand(rows, -1), condition)
+
+    def _new_residuals(self) -> ResidualCache:
+        return ResidualCache(0.0 if self.config.reuse is None else self.config.reuse.max_cache_mb)
 
     def _random_scores(self, block: int, x: Tensor) -> Tensor:
         """The same random ranking for every sample, drawn from (seed, step, block), so that batching changes nothing."""

@@ -21,6 +21,11 @@ def write_back(x: Tensor, indices: Tensor, updated: Tensor) -> Tensor:
     return rows.view_as(x)
 
 
+def write_rows(x: Tensor, indices: Tensor, updated: Tensor) -> None:
+    """`write_back` in place, for buffers of our own: x [B, N, D] must be contiguous."""
+    x.flatten(0, 1).index_copy_(0, _rows(x, indices), updated.to(x.dtype).flatten(0, 1))
+
+
 def _rows(x: Tensor, indices: Tensor) -> Tensor:
     """Row numbers [B * k] of `indices` [B, k] in x [B, N, ...] with its first two dimensions flattened."""
     batch, tokens = x.shape[:2]

@@ -112,6 +112,7 @@ def schedule_from_logits(logits: Tensor, tokens: int, keep: float, unit: int = 1
         unit: u, a divisor of N.
     """
     if unit > 1:
+        _total_tokens(*logits.shape, _units(tokens, unit), keep, unit)  # an error speaks of tokens, not of units
         return _scaled(schedule_from_logits(logits, _units(tokens, unit), keep), unit)
     flat = _finite_flat(logits)
     steps, blocks = logits.shape
@@ -207,7 +208,7 @@ def _scaled(schedule: Schedule, unit: int) -> Schedule:
     return Schedule(tuple(tuple(unit * k for k in row) for row in schedule.keep), unit * schedule.tokens)
 
 
-def _total_tokens(steps: int, blocks: int, tokens: int, keep: float) -> int:
+def _total_tokens(steps: int, blocks: int, tokens: int, keep: float, unit: int = 1) -> int:
     if min(steps, blocks, tokens) < 1:
         raise BudgetError(f"A schedule of {steps} steps x {blocks} blocks x {tokens} tokens; all must be at least 1.")
     if not 0.0 < keep <= 1.0:
@@ -216,8 +217,8 @@ def _total_tokens(steps: int, blocks: int, tokens: int, keep: float) -> int:
     total = min(guarded_floor(keep * tokens * entries), tokens * entries)
     if total < entries:
         raise BudgetError(
-            f"keep={keep} cannot be reached with {tokens} tokens: every block runs at least one. "
-            f"The nearest is keep={1.0 / tokens:.6g}.",
+            f"keep={keep} cannot be reached with {tokens * unit} tokens: every block runs at least {unit}. "
+            f"The nearest is keep={math.ceil(1e6 / tokens) / 1e6}.",
             nearest=1.0 / tokens,
         )
     return total

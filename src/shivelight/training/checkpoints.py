@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shivelight.errors import TrainingError
+from shivelight.files import replacing
 
 KEPT = 2
 
@@ -62,9 +64,11 @@ def load(folder: Path, identity: dict[str, Any]) -> State:
         run = json.loads((folder / "run.json").read_text())
         tensors = load_file(folder / "tensors.safetensors")
         optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError, UnpicklingError) as error:
+        # torch's own message is a page long and advises to read it as a pickle.
+        reason = "optimizer.pt is damaged" if isinstance(error, UnpicklingError) else error
         raise TrainingError(
-            f"The checkpoint {folder} cannot be read: {error}. Delete it to go on from the one before."
+            f"The checkpoint {folder} cannot be read: {reason}. Delete it to go on from the one before."
         ) from error
     if run["identity"] != identity:
         raise TrainingError(
@@ -87,9 +91,8 @@ def truncate_log(path: Path, step: int, write: bool) -> list[dict[str, float]]:
         if record["step"] <= step:
             records.append(record)
     if write:
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text("".join(json.dumps(record) + "\n" for record in records))
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            unfinished.write_text("".join(json.dumps(record) + "\n" for record in records))
     return records
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from shivelight.execution.planning import Budget
 from shivelight.execution.routed import Routed
+from shivelight.files import replacing
 
 
 def save_grid(
@@ -46,6 +47,5 @@ def save_grid(
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             sheet.paste(image, (x * width, y * height))
-    unfinished = path.with_suffix(".part.png")
-    sheet.save(unfinished)
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        sheet.save(unfinished)
