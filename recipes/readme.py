@@ -1,6 +1,6 @@
-"""Fill README's table from the committed demo.json, and redraw its grid of pictures from the embedded files.
+"""Fill the tables of README and docs from the committed JSON files, and redraw README's pictures from the embedded files.
 
-python recipes/readme.py            # table only
+python recipes/readme.py            # tables only
 python recipes/readme.py --grid     # also docs/images/grid.png and docs/images/dense-32.png
 """
 
@@ -18,10 +18,12 @@ from shivelight.demo import pipeline as embedded
 from shivelight.demo.data import EmojiData
 from shivelight.evaluation.comparison import Comparison, Setting
 from shivelight.evaluation.results import read_results
+from shivelight.files import replacing
 from shivelight.report.style import budget_label
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks/results/demo.json"
+PAGES = ("README.md", "docs/results.md", "docs/decisions/training-free.md")
+MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 COLUMNS = {
     "planned": ("planned_ratio", "{:.3f}", 1),
     "speed-up": ("speedup", "{:.2f}x", 1),
@@ -34,24 +36,27 @@ COLUMNS = {
 }
 
 
-def table() -> str:
-    """Markdown of every row, with 95% intervals of the quality figures."""
-    results = read_results(RESULTS)
-    lines = ["| method | budget | steps | " + " | ".join(COLUMNS) + " |", "|---|---|---|" + "---|" * len(COLUMNS)]
-    for row in results["rows"]:
-        cells = [row["method"], budget_label(row), str(row["steps"])]
-        for key, pattern, scale in COLUMNS.values():
+def table(path: Path) -> str:
+    """Markdown of every row and every column that was measured, with 95% intervals of the figures that decide."""
+    results = read_results(path)
+    rows = results["rows"]
+    columns = {name: column for name, column in COLUMNS.items() if any(column[0] in row for row in rows)}
+    lines = ["| method | budget | steps | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
+    for row in rows:
+        variant = f" ({row['variant']})" if row.get("variant") else ""
+        cells = [row["method"] + variant, budget_label(row), str(row["steps"])]
+        for key, pattern, scale in columns.values():
             cell = pattern.format(row[key] * scale) if key in row else ""
             if cell and key in ("speedup", "psnr_to_dense", "kid") and key in row.get("ci95", {}):
                 cell += " ({} to {})".format(*(pattern.format(bound * scale) for bound in row["ci95"][key]))
             cells.append(cell)
         lines.append("| " + " | ".join(cells) + " |")
-    machine, first = results["machine"], results["rows"][0]
+    machine, last = results["machine"], rows[-1]
+    timed = f", one sample timed, {last['latency_ms']['runs']} rounds" if "latency_ms" in last else ""
     lines.append(
-        f"\n{first['samples']} captions of the {results['split']} split, guidance {first['guidance']:g}, {first['dtype']}, not "
-        f"compiled; one sample timed, {first['latency_ms']['runs']} rounds; {machine['device']}, {machine['threads']} "
-        f"threads, torch {machine['torch']}, diffusers {machine['diffusers']}. Source: "
-        f"`benchmarks/results/demo.json`, written by `{results['command']}`."
+        f"\n{last['samples']} captions of the {results['split']} split, guidance {last['guidance']:g}, {last['dtype']}, not "
+        f"compiled{timed}; {machine['device']}, {machine['threads']} threads, torch {machine['torch']}, diffusers "
+        f"{machine['diffusers']}. Source: `{path.relative_to(ROOT)}`, written by `{results['command']}`."
     )
     return "\n".join(lines)
 
@@ -79,16 +84,17 @@ def paste(pictures: torch.Tensor, columns: int) -> Image.Image:
 
 
 def main() -> None:
-    """Rewrite README.md between its markers."""
+    """Tables, and with --grid the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", action="store_true")
-    if parser.parse_args().grid:
+    args = parser.parse_args()
+    for name in PAGES:
+        page = ROOT / name
+        filled = MARKED.sub(lambda match: f"{match[1]}{table(ROOT / match[2])}\n{match[3]}", page.read_text())
+        with replacing(page) as unfinished:
+            unfinished.write_text(filled)
+    if args.grid:
         grids()
-    readme = ROOT / "README.md"
-    pattern = re.compile(r"(<!-- table: [^>]*-->\n).*?(<!-- end table -->)", re.DOTALL)
-    unfinished = readme.with_suffix(".part")
-    unfinished.write_text(pattern.sub(lambda match: match[1] + table() + "\n" + match[2], readme.read_text()))
-    unfinished.replace(readme)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train the embedded dense teacher: a StableDiffusion3Pipeline folder (SD3 transformer, two CLIP text encoders, AutoencoderTiny).
 
     python recipes/train_autoencoder.py
-    python recipes/train_teacher.py --steps 6000                 # about 116 concepts, a CPU's share; resumes by itself
+    python recipes/train_teacher.py --steps 6000                 # 32 concepts, a CPU's share; resumes by itself
     python recipes/train_teacher.py --init src/shivelight/demo/pipeline --work build/teacher-2     # go on from the shipped weights
     python recipes/train_teacher.py --subset full --tokens 1024 --steps 60000      # where a GPU trains it
 
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--subset", choices=["core", "full"], default="core")
+    parser.add_argument("--subset", choices=["basic", "core", "full"], default="basic")
     parser.add_argument("--tokens", type=int, default=256, help="image tokens: 256 for 128 px, 1024 for 256 px")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=8)

@@ -86,7 +86,7 @@ def test_train_then_generate_then_evaluate_then_report(run, images: Path, tiny_f
     assert code == 0, error
     results = read_results(tmp_path / "e.json")
     methods = [row["method"] for row in results["rows"]]
-    assert methods[:6] == ["dense", "dense-finetuned", "tokens", "fixed", "random", "norm"]
+    assert methods[:7] == ["dense", "dense-finetuned", "tokens", "training-free", "fixed", "random", "norm"]
     rows = {row["method"]: row for row in results["rows"]}
     assert "psnr_to_dense" not in rows["dense"] and rows["dense"]["planned_ratio"] == 1.0
     assert rows["tokens"]["planned_ratio"] < 0.95 and rows["tokens"]["flops_ratio"] < 1.0

@@ -12,6 +12,7 @@ from PIL import Image
 from shivelight import DataError
 from shivelight.demo.data import (
     BACKGROUNDS,
+    BASIC_HEXCODES,
     COLOURS,
     CORE_SUBGROUPS,
     PATTERNS,
@@ -35,6 +36,15 @@ def test_the_embedded_set_has_the_size_that_it_promises(core: EmojiData) -> None
     for data in (core, full):
         assert len({c.hexcode for c in data.concepts}) == len({c.label for c in data.concepts}) == len(data.concepts)
     assert len(BACKGROUNDS) == 1 + len(PATTERNS) * len(COLOURS) == len({str(b) for b in BACKGROUNDS})
+
+
+def test_the_basic_set_is_32_of_the_core_and_every_concept_is_judged(core: EmojiData) -> None:
+    basic = EmojiData()
+    assert {c.hexcode for c in basic.concepts} == BASIC_HEXCODES and len(basic.concepts) == 32
+    assert set(basic.concepts) < set(core.concepts)
+    for split in ("train", "validation", "test"):
+        assert split == "validation" or {c.concept for c in basic.captions(split)} == set(basic.concepts), split
+        assert set(basic.captions(split)) <= set(core.captions(split))
 
 
 def test_every_picture_of_the_core_can_be_read_and_is_cut_out(core: EmojiData) -> None:

@@ -55,6 +55,14 @@ def test_methods_differ_only_in_which_tokens_run(comparison: Comparison) -> None
                 assert not torch.equal(pictures[one], pictures[other]), (one, other)
 
 
+def test_training_free_routing_runs_on_the_backbone_s_own_weights(comparison: Comparison) -> None:
+    captions = ["a b", "c d"]
+    ours = comparison.pictures(comparison.training_free(0.6), captions)
+    assert comparison.routed.folded.active and comparison.routed.config.reuse is None
+    sl.attach(comparison.pipe, sl.RoutingConfig.training_free(0.6))  # takes the deltas off
+    assert torch.equal(comparison.call(captions, STEPS), ours)
+
+
 def test_baselines_may_spend_what_routing_plans_to_spend(comparison: Comparison) -> None:
     with torch.no_grad():
         comparison.routed.policy.layer_embedding.copy_(torch.randn(comparison.routed.policy.layer_embedding.shape))

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from shivelight.adapter import backbone_of, planned_ratio, routed_of, set_budget
+from shivelight.config import Reuse
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.distribution import fd, kid
 from shivelight.evaluation.features import extract_features
@@ -104,6 +105,24 @@ class Comparison:
                     self.routed.budget = before
 
         return OperatingPoint(method, budget, self.setting.steps, state)
+
+    def training_free(self, keep: float) -> OperatingPoint:
+        """`RoutingConfig.training_free` on the backbone's own weights, whatever adapter is attached."""
+        point = self.tokens(keep, "training-free", scores="drift", ratios="fixed", reuse=Reuse())
+
+        @contextmanager
+        def state() -> Iterator[None]:
+            folded = self.routed.folded
+            with point.state():
+                if folded is not None:
+                    folded.apply(False)
+                try:
+                    yield
+                finally:
+                    if folded is not None:
+                        folded.apply(self.routed.enabled)
+
+        return replace(point, state=state)
 
     def finetuned(self, weights: FoldedWeights) -> OperatingPoint:
         """The dense model with other deltas: the same training without routing."""

@@ -1,4 +1,4 @@
-"""The standard table: dense, dense fine-tuned, token routing, its baselines, and fewer steps at the same latency."""
+"""The standard table: dense, dense fine-tuned, token routing (trained and training-free), baselines, and fewer steps."""
 
 import math
 from collections.abc import Sequence
@@ -29,6 +29,7 @@ def standard_points(
         if keep in baseline_keeps:
             plan = math.floor(1e4 * comparison.planned(points[-1])) / 1e4
             points += [
+                comparison.training_free(keep),
                 comparison.tokens(method="fixed", compute=plan, ratios="fixed"),
                 comparison.tokens(method="random", compute=plan, scores="random", ratios="fixed"),
                 comparison.tokens(method="norm", compute=plan, scores="norm", ratios="fixed"),

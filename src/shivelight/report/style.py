@@ -37,18 +37,18 @@ KNOWN = {
     "tokens": MethodStyle(BLUE, "o"),
     "blocks": MethodStyle(GREEN, "^"),
     "tokens+blocks": MethodStyle(PURPLE, "D"),
+    "training-free": MethodStyle(VERMILION, "h"),
     "fixed": MethodStyle(SKY, "v"),
     "norm": MethodStyle(ORANGE, "<"),
     "random": MethodStyle(GREY, "X"),
 }
 OTHERS = (
-    MethodStyle(VERMILION, "h"),
     MethodStyle(YELLOW, ">"),
     MethodStyle(GREEN, "d"),
     MethodStyle(ORANGE, "p"),
     MethodStyle(PURPLE, "8"),
 )
-OURS = ("tokens", "blocks", "tokens+blocks")
+OURS = ("tokens", "blocks", "tokens+blocks", "training-free")
 
 
 def base_method(method: str) -> str:

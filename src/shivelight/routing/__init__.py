@@ -1,17 +1,33 @@
-"""What inference needs to decide which tokens a block runs: plain PyTorch, no model family, no diffusers."""
+"""What inference needs to decide how much of a block runs: plain PyTorch, no model family, no diffusers."""
 
+from shivelight.routing.block_router import (
+    BLOCK_ROUTERS,
+    BlockRouter,
+    ElasticDiTRouter,
+    GateLogits,
+    gate_probability,
+    hard_gate,
+    width_choice,
+    width_count,
+)
 from shivelight.routing.ratio_policy import RatioPolicy, solve_anchor
 from shivelight.routing.schedule import Schedule, schedule_from_logits, schedule_within_cost, uniform_schedule
 from shivelight.routing.select import check_scores, count_unit, keep_count, token_mask, top_k_indices
 from shivelight.routing.token_router import PairRouter, TokenRouter
 
 __all__ = [
+    "BLOCK_ROUTERS",
+    "BlockRouter",
+    "ElasticDiTRouter",
+    "GateLogits",
     "PairRouter",
     "RatioPolicy",
     "Schedule",
     "TokenRouter",
     "check_scores",
     "count_unit",
+    "gate_probability",
+    "hard_gate",
     "keep_count",
     "schedule_from_logits",
     "schedule_within_cost",
@@ -19,4 +35,6 @@ __all__ = [
     "token_mask",
     "top_k_indices",
     "uniform_schedule",
+    "width_choice",
+    "width_count",
 ]

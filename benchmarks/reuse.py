@@ -1,0 +1,86 @@
+"""Routing without training on the embedded pipeline: what reuse needs, part by part, beside fewer steps.
+
+    python benchmarks/reuse.py        # writes benchmarks/results/reuse.json
+
+Validation captions (the test set judges, and tunes nothing), same seeds, PSNR and SSIM to the dense pictures. The rows vary
+one field of `Reuse` at a time from its default; `no-reuse` lets rejected tokens pass through unchanged; `trained` is the
+shipped adapter, which learned without reuse.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import shivelight as sl
+from shivelight.cli import common
+from shivelight.cli.evaluate import describe
+from shivelight.demo import pipeline as embedded
+from shivelight.demo.data import EmojiData
+from shivelight.evaluation.comparison import Comparison, OperatingPoint, Setting
+from shivelight.evaluation.fidelity import fidelity_to_dense
+from shivelight.evaluation.results import new_results, new_row, write_results
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no context": {"context": False},
+    "max_age 3": {"max_age": 3},
+    **{f"warmup {share}": {"warmup": share} for share in (0.04, 0.12, 0.36, 0.48)},
+}
+
+
+def main() -> None:
+    """Draw every variant and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--captions", type=int, default=16)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.6, 0.4])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/reuse.json"))
+    args = parser.parse_args()
+    pipe = common.open_pipeline(None, common.DEFAULT_DEVICE, torch.bfloat16)
+    sl.attach(pipe, sl.RoutingConfig.training_free())
+    setting = Setting(embedded.STEPS, embedded.GUIDANCE, 0, 16, {"max_sequence_length": embedded.TEXT_TOKENS})
+    comparison = Comparison(pipe, setting)
+    captions = [str(caption) for caption in EmojiData().captions("validation")[: args.captions]]
+    dense = comparison.pictures(comparison.dense(), captions)
+    rows: list[dict[str, Any]] = []
+
+    def judge(name: str, point: OperatingPoint) -> float:
+        planned = comparison.planned(point)
+        figures = fidelity_to_dense(comparison.pictures(point, captions), dense).estimates()
+        rows.append(
+            new_row(
+                point.method, point.budget, variant=name, steps=point.steps, dtype="bfloat16", samples=len(captions),
+                guidance=setting.guidance, planned_ratio=planned, **figures,
+            )
+        )  # fmt: skip
+        row = rows[-1]
+        print(f"{name:>14} {point.name:<32} planned {planned:.3f}  PSNR {row['psnr_to_dense']:.2f} dB", flush=True)
+        return planned
+
+    plans = set()
+    for keep in args.keep:
+        for name, fields in VARIANTS.items():
+            planned = judge(name, comparison.tokens(keep, "training-free", reuse=sl.Reuse(**fields)))
+            plans.add(round(planned * setting.steps))
+        for scores in ("norm", "random"):
+            judge(f"{scores} scores", comparison.tokens(keep, f"{scores}+reuse", scores=scores))
+    for steps in sorted(plans, reverse=True):
+        judge("", comparison.dense(steps))
+    sl.attach(pipe, sl.RoutingConfig(sl.TokenRouting(scores="random", ratios="fixed")))
+    comparison = Comparison(pipe, setting)
+    for keep in args.keep:
+        judge("no-reuse", comparison.tokens(keep, "random"))
+    sl.load_adapter(pipe, embedded.ADAPTER)
+    comparison = Comparison(pipe, setting)
+    for keep in args.keep:
+        judge("trained", comparison.tokens(keep))
+        judge("trained", comparison.tokens(keep, "tokens+reuse", reuse=sl.Reuse()))
+        judge("trained, no warm-up", comparison.tokens(keep, "tokens+reuse", reuse=sl.Reuse(warmup=0.0)))
+    results = new_results(device=common.DEFAULT_DEVICE, backbone=describe(pipe), split="validation")
+    results["rows"] = rows
+    write_results(args.out, results)
+
+
+if __name__ == "__main__":
+    main()
