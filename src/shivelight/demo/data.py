@@ -42,42 +42,11 @@ PATTERNS = ("plain", "gradient", "stripes", "checks", "dots", "texture")
 CORE_SUBGROUPS = frozenset({35, 38, 39, 40, 42, 43, 46})
 # The basic set, what the embedded pipeline was taught: 32 flowers, fruits, vegetables, sweets and animals that differ in
 # outline and colour. 2 CPU cores draw them in hours; the 116 of the core set were still blobs after as long.
-BASIC_HEXCODES = frozenset(
-    [
-        "1f337",
-        "1f339",
-        "1f33b",
-        "1f33d",
-        "1f346",
-        "1f347",
-        "1f349",
-        "1f34a",
-        "1f34b",
-        "1f34c",
-        "1f34d",
-        "1f34e",
-        "1f34f",
-        "1f350",
-        "1f352",
-        "1f353",
-        "1f955",
-        "1f966",
-        "1f951",
-        "1f369",
-        "1f36a",
-        "1f36d",
-        "1f366",
-        "1f382",
-        "1f40c",
-        "1f419",
-        "1f41e",
-        "1f420",
-        "1f433",
-        "1f427",
-        "1f989",
-        "1f98b",
-    ]
+_BASIC = (
+    "1f337 1f339 1f33b 1f33d 1f346 1f347 1f349 1f34a 1f34b 1f34c 1f34d 1f34e 1f34f 1f350 1f352 1f353 "
+    "1f955 1f966 1f951 1f369 1f36a 1f36d 1f366 1f382 1f40c 1f419 1f41e 1f420 1f433 1f427 1f989 1f98b"
 )
+BASIC_HEXCODES = frozenset(_BASIC.split())
 # Groups whose pictures may be mirrored without turning wrong: animals and nature, food and drink.
 MIRRORED_GROUPS = frozenset({3, 4})
 
