@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--router-steps", type=int, default=100)
     parser.add_argument("--policy-steps", type=int, default=100)
     parser.add_argument("--joint-steps", type=int, default=600)
+    parser.add_argument("--group-size", type=int, default=8, help="samples of each of the two micro-batches of a step")
     parser.add_argument("--pictures", type=int, default=4000)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--pipeline", type=Path, default=embedded.PIPELINE)
@@ -59,7 +60,7 @@ def main() -> None:
         policy_steps=args.policy_steps,
         joint_steps=args.joint_steps,
         groups=2,
-        group_size=8,
+        group_size=args.group_size,
         checkpoint_every=50,
     )
     deltas = DeltaConfig(args.rank, float(args.rank))

@@ -274,6 +274,15 @@ def test_what_cannot_be_is_refused(pipe: StableDiffusion3Pipeline) -> None:
         sl.RoutingConfig.training_free(keep=1.2)
 
 
+def test_fused_projections_are_refused_by_name(pipe: StableDiffusion3Pipeline, sample: Any) -> None:
+    free(pipe)
+    pipe.transformer.fuse_qkv_projections()
+    with pytest.raises(sl.ShivelightError, match="unfuse_qkv_projections"):
+        sample(pipe, PROMPTS[:1])
+    pipe.transformer.unfuse_qkv_projections()
+    sample(pipe, PROMPTS[:1])
+
+
 def test_the_summary_tells_what_reuse_holds(pipe: StableDiffusion3Pipeline) -> None:
     free(pipe, max_age=7, max_cache_mb=12)
     text = sl.summary(pipe)

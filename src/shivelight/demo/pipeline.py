@@ -17,7 +17,7 @@ GUIDANCE = 4.0
 
 
 def load_pipeline(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusion3Pipeline:
-    """The embedded Stable Diffusion 3 pipeline: 128 px pictures of about a hundred things on many backgrounds."""
+    """The embedded Stable Diffusion 3 pipeline: 128 px pictures of 32 things on many backgrounds."""
     if not (PIPELINE / "model_index.json").exists():
         raise DataError(f"The embedded pipeline is missing from {PIPELINE}; rebuild it with recipes/train_teacher.py.")
     return open_pipeline(PIPELINE, device, dtype)

@@ -130,17 +130,25 @@ class Routed(nn.Module):
         reuse, context = self.config.reuse, self.context
         assert reuse is not None
         entry = self.residuals.enter((context.call, block), x)
-        handles = []
+        handles, completed = [], []
+
+        def complete(name: str, output: Tensor) -> Tensor:
+            completed.append(name)
+            return entry.complete_projection(name, indices, output)
+
         for name in self.spec.context_linears if reuse.context else ():
             with suppress(AttributeError):  # only some blocks have dual attention
                 # Registered for this call alone, on whatever the layer is by now: a user's LoRA may have wrapped it.
-                handles.append(
-                    module.get_submodule(name).register_forward_hook(
-                        lambda _, __, output, name=name: entry.complete_projection(name, indices, output)
-                    )
-                )
+                layer = module.get_submodule(name)
+                handles.append(layer.register_forward_hook(lambda _, __, output, name=name: complete(name, output)))
         try:
             yield lambda out: entry.update(x, indices, out, context.step, reuse.max_age)
+            if len(completed) != len(handles):
+                raise ShivelightError(
+                    f"Block {block} ran without its key and value projections {', '.join(self.spec.context_linears)}, so those "
+                    "of rejected tokens cannot be reused (fused projections?). Call unfuse_qkv_projections(), or use "
+                    "Reuse(context=False)."
+                )
         finally:
             for handle in handles:
                 handle.remove()
