@@ -5,7 +5,7 @@
     python recipes/train_teacher.py --init src/shivelight/demo/pipeline --work build/teacher-2     # go on from the shipped weights
     python recipes/train_teacher.py --subset full --tokens 1024 --steps 60000      # where a GPU trains it
 
-Rectified flow matching, logit-normal timesteps shifted towards noise, captions dropped for guidance, the text encoders trained along.
+Rectified flow matching, logit-normal timesteps shifted towards noise, captions dropped for guidance, text encoders trained along.
 What is shipped is the exponential moving average, in fp16.
 """
 
