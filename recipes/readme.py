@@ -6,7 +6,9 @@ python recipes/readme.py --grid     # also docs/images/grid.png and docs/images/
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -40,11 +42,17 @@ def table(path: Path) -> str:
     """Markdown of every row and every column that was measured, with 95% intervals of the figures that decide."""
     results = read_results(path)
     rows = results["rows"]
+    labels: dict[str, Callable[[dict[str, Any]], str]] = {
+        "method": lambda row: row["method"] + (f" ({row['variant']})" if row.get("variant") else ""),
+        "budget": budget_label,
+        "steps": lambda row: str(row.get("steps", "")),
+        "ms": lambda row: f"{row['latency_ms']['median']:.2f}" if "latency_ms" in row else "",
+    }
+    heads = {name: text for name, text in labels.items() if name == "method" or any(text(row) for row in rows)}
     columns = {name: column for name, column in COLUMNS.items() if any(column[0] in row for row in rows)}
-    lines = ["| method | budget | steps | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
+    lines = [f"| {' | '.join([*heads, *columns])} |", "|---" * (len(heads) + len(columns)) + "|"]
     for row in rows:
-        variant = f" ({row['variant']})" if row.get("variant") else ""
-        cells = [row["method"] + variant, budget_label(row), str(row["steps"])]
+        cells = [text(row) for text in heads.values()]
         for key, pattern, scale in columns.values():
             cell = pattern.format(row[key] * scale) if key in row else ""
             if cell and key in ("speedup", "psnr_to_dense", "kid") and key in row.get("ci95", {}):
@@ -52,13 +60,16 @@ def table(path: Path) -> str:
             cells.append(cell)
         lines.append("| " + " | ".join(cells) + " |")
     machine, last = results["machine"], rows[-1]
-    timed = f", one sample timed, {last['latency_ms']['runs']} rounds" if "latency_ms" in last else ""
-    lines.append(
-        f"\n{last['samples']} captions of the {results['split']} split, guidance {last['guidance']:g}, {last['dtype']}, not "
-        f"compiled{timed}; {machine['device']}, {machine['threads']} threads, torch {machine['torch']}, diffusers "
-        f"{machine['diffusers']}. Source: `{path.relative_to(ROOT)}`, written by `{results['command']}`."
-    )
-    return "\n".join(lines)
+    said = [
+        f"{last['samples']} captions of the {results['split']} split, guidance {last['guidance']:g}"
+        if "samples" in last
+        else "",
+        f"{last['dtype']}, not compiled",
+        f"{last['latency_ms']['runs']} timed rounds, batch {last.get('batch', 1)}" if "latency_ms" in last else "",
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, diffusers {machine['diffusers']}",
+    ]
+    source = f"Source: `{path.relative_to(ROOT)}`, written by `{results['command']}`."
+    return "\n".join(lines) + f"\n\n{'; '.join(part for part in said if part)}. {source}"
 
 
 def grids() -> None:
