@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.models.attention_processor import FusedJointAttnProcessor2_0
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -276,10 +277,13 @@ def test_what_cannot_be_is_refused(pipe: StableDiffusion3Pipeline) -> None:
 
 def test_fused_projections_are_refused_by_name(pipe: StableDiffusion3Pipeline, sample: Any) -> None:
     free(pipe)
-    pipe.transformer.fuse_qkv_projections()
+    attention = pipe.transformer.transformer_blocks[2].attn  # diffusers itself cannot fuse the dual ones
+    attention.fuse_projections()
+    separate = attention.processor
+    attention.set_processor(FusedJointAttnProcessor2_0())
     with pytest.raises(sl.ShivelightError, match="unfuse_qkv_projections"):
         sample(pipe, PROMPTS[:1])
-    pipe.transformer.unfuse_qkv_projections()
+    attention.set_processor(separate)
     sample(pipe, PROMPTS[:1])
 
 

@@ -60,7 +60,7 @@ def demo(
     sl.load_adapter(pipe, embedded.ADAPTER)
     comparison = Comparison(pipe, setting)
     points = standard_points(comparison, KEEPS, read_deltas(pipe, embedded.FINETUNED), (0.6,))
-    points = with_fewer_steps(comparison, points)
+    points = with_fewer_steps(comparison, points, apart=2)
     with common.progress_bar("timing", len(points) * (rounds + 1)) as advance:
         timings = comparison.time(points, rounds, progress=advance)
     sl.set_budget(pipe, keep=0.6)

@@ -92,7 +92,8 @@ class Comparison:
         self, keep: float | None = None, method: str = "tokens", *, compute: float | None = None, **variant: Any
     ) -> OperatingPoint:
         """Token routing at a budget, or a variant of it on the same weights (scores="random", ratios="fixed")."""
-        budget = {"compute": compute} if keep is None else {"keep": keep}
+        asked = {"keep": keep, "compute": compute}
+        budget = {kind: value for kind, value in asked.items() if value is not None}
 
         @contextmanager
         def state() -> Iterator[None]:

@@ -37,7 +37,14 @@ def standard_points(
     return points
 
 
-def with_fewer_steps(comparison: Comparison, points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
-    """`points`, and dense with as many steps as fit into the time, and into the plan, of each routed one."""
+def with_fewer_steps(comparison: Comparison, points: Sequence[OperatingPoint], apart: int = 1) -> list[OperatingPoint]:
+    """`points`, and dense with as many steps as fit into the time, and into the plan, of each routed one.
+
+    Of step counts that are less than `apart` apart, only the larger stands.
+    """
     routed = [point for point in points if point.method == "tokens"]
-    return [*points, *comparison.fewer_steps(routed)]
+    chosen: list[OperatingPoint] = []
+    for point in comparison.fewer_steps(routed):
+        if not chosen or chosen[-1].steps - point.steps >= apart:
+            chosen.append(point)
+    return [*points, *chosen]

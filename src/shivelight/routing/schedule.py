@@ -112,7 +112,8 @@ def schedule_from_logits(logits: Tensor, tokens: int, keep: float, unit: int = 1
         unit: u, a divisor of N.
     """
     if unit > 1:
-        _total_tokens(*logits.shape, _units(tokens, unit), keep, unit)  # an error speaks of tokens, not of units
+        steps, blocks = logits.shape
+        _total_tokens(steps, blocks, _units(tokens, unit), keep, unit)  # an error speaks of tokens, not of units
         return _scaled(schedule_from_logits(logits, _units(tokens, unit), keep), unit)
     flat = _finite_flat(logits)
     steps, blocks = logits.shape
