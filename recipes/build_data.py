@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from shivelight.demo.data import ARCHIVE
+from shivelight.files import replacing
 
 PACKAGES = {"pictures": "@lobehub/fluent-emoji-3d@1.1.0", "names": "emojibase-data@17.0.0"}
 STORED_SIZE = 112
@@ -72,7 +73,7 @@ def stripped(hexcode: str) -> str:
 
 
 def main() -> None:
-    """Write the archive under a temporary name, then rename it."""
+    """Write the archive, whole or not at all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ARCHIVE)
     parser.add_argument(
@@ -95,14 +96,11 @@ def main() -> None:
                 image.save(buffer, "WEBP", quality=args.quality, alpha_quality=args.quality, method=6)
                 pictures[hexcode] = buffer.getvalue()
                 concepts.append({"hexcode": hexcode, **names[hexcode]})
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = args.out.with_suffix(".part")
-    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
+    with replacing(args.out) as unfinished, zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("LICENSE.txt", NOTICE)
         archive.writestr("concepts.json", json.dumps(concepts, ensure_ascii=False, indent=0))
         for hexcode, data in pictures.items():
             archive.writestr(f"{hexcode}.webp", data)
-    unfinished.replace(args.out)
     print(f"{len(concepts)} captioned pictures, {args.out.stat().st_size / 1e6:.1f} MB: {args.out}")
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from shivelight.files import replacing
+
 
 def device() -> torch.device:
     """CUDA where there is one."""
@@ -36,11 +38,9 @@ def use_plain_attention(where: torch.device) -> None:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` under a temporary name and rename it: an interruption never leaves half a checkpoint."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    torch.save(state, unfinished)
-    unfinished.replace(path)
+    """Write `state` whole or not at all: an interruption never leaves half a checkpoint."""
+    with replacing(path) as unfinished:
+        torch.save(state, unfinished)
 
 
 def load(path: Path) -> dict[str, Any] | None:

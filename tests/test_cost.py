@@ -1,6 +1,8 @@
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from hypothesis import example, given
+from hypothesis import strategies as st
 from peft import LoraConfig
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -126,6 +128,13 @@ def test_narrow_widths_enter_the_planned_ratio() -> None:
         planned_ratio(costs, ((8,), (16,)), (1,), 16, 3, ((0.5,),))
     with pytest.raises(ValueError):
         step_flops(costs, (16, 8), 3, (1.0,))
+
+
+@given(st.integers(1, 100), st.integers(1, 5000))
+@example(29, 100)
+@example(57, 100)
+def test_the_channels_of_a_width_are_the_exact_floor(hundredths: int, channels: int) -> None:
+    assert kept_channels(hundredths / 100, channels) == max(1, hundredths * channels // 100)
 
 
 def test_the_channels_of_a_width_forgive_rounding_and_are_at_least_one() -> None:

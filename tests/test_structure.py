@@ -15,6 +15,7 @@ ALLOWED = {
     "execution": {"execution", "routing", "backbones", "cost", "config", "errors"},
     "cost": {"backbones", "errors"},
     "config": {"errors"},
+    "files": set(),
 }
 FAMILIES = ("sd3", "flux", "qwen", "pixart", "hunyuan")
 

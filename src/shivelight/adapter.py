@@ -15,7 +15,7 @@ from shivelight.errors import AdapterError, BudgetError, ShivelightError, Unsupp
 from shivelight.execution.context import GRID, Branch
 from shivelight.execution.folding import Delta
 from shivelight.execution.hook import BlockHook, EmbeddingHook, RootHook
-from shivelight.execution.planning import Budget
+from shivelight.execution.planning import Budget, Request
 from shivelight.execution.routed import NAME, Routed
 from shivelight.routing import Schedule
 
@@ -134,7 +134,7 @@ def set_budget(model: Any, *, keep: float | None = None, compute: float | None =
     if routed.config.tokens is not None:
         # Raises if it cannot be reached. The length of the text is known once a picture was made; until then, the least.
         tokens, text_tokens = routed.shape
-        routed.schedule((500.0,), tokens, text_tokens if routed.shape_seen else 0, budget=budget)
+        routed.schedule(routed.request((500.0,), tokens, text_tokens if routed.shape_seen else 0, budget))
     routed.budget = budget
     return model
 
@@ -149,6 +149,11 @@ def current_schedule(model: Any, steps: int | None = None) -> Schedule:
     routed = routed_of(model)
     if routed.config.tokens is None:
         raise BudgetError("The attached adapter has no token routing, so there is no schedule.")
+    return routed.schedule(_current_request(routed, steps))
+
+
+def _current_request(routed: Routed, steps: int | None) -> Request:
+    """What the next generation asks for, of this many steps or of those that the scheduler holds."""
     scheduler = getattr(routed.clock.pipeline, "scheduler", None)
     if steps is not None:
         if scheduler is None:
@@ -161,15 +166,13 @@ def current_schedule(model: Any, steps: int | None = None) -> Schedule:
         times = tuple(float(t) for t in scheduler.timesteps[begin:].tolist())
     else:
         times = GRID
-    return routed.schedule(times, *routed.shape)
+    return routed.request(times, *routed.shape)
 
 
 def planned_ratio(model: Any, steps: int | None = None) -> float:
     """Planned FLOPs of the current schedule over those of the dense blocks."""
     routed = routed_of(model)
-    if routed.config.tokens is None:
-        return 1.0
-    return routed.planner.planned_ratio(current_schedule(model, steps), routed.shape[1], routed.attends_to_all)
+    return 1.0 if routed.config.tokens is None else routed.planned_ratio(_current_request(routed, steps))
 
 
 def summary(model: Any) -> str:
@@ -200,7 +203,7 @@ def summary(model: Any) -> str:
         reuse = routed.config.reuse
         lines.insert(
             3,
-            f"reuse: residuals up to {reuse.max_age} steps old, {reuse.warmup} warm-up steps; "
+            f"reuse: residuals up to {reuse.max_age} steps old, warm-up of {reuse.warmup:.0%} of the steps; "
             f"{routed.residuals.megabytes:.1f} MB held of at most {reuse.max_cache_mb:g}",
         )
     return "\n".join(lines)

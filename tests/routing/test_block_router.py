@@ -1,15 +1,11 @@
-import doctest
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from shivelight.errors import AdapterError
-from shivelight.routing import block_router
 from shivelight.routing.block_router import (
     BLOCK_ROUTERS,
     BlockRouter,
@@ -18,7 +14,6 @@ from shivelight.routing.block_router import (
     gate_probability,
     hard_gate,
     width_choice,
-    width_count,
 )
 
 WIDTH, TIME, CONDITION, TOKENS, TEXT = 24, 12, 10, 15, 6
@@ -345,21 +340,3 @@ def test_width_ties_and_nan_go_to_the_widest() -> None:
     logits = [[0.0, 0.0, 0.0], [1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [-1.0, -1.0, 0.0], [nan, nan, nan]]
     assert width_choice(torch.tensor(logits)).tolist() == [2, 1, 0, 2, 2]
     assert width_choice(torch.zeros(2, 1)).tolist() == [0, 0]
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.integers(1, 100), st.integers(1, 5000))
-@example(29, 100)
-@example(57, 100)
-def test_width_count_is_the_exact_floor(hundredths: int, hidden: int) -> None:
-    assert width_count(hundredths / 100, hidden) == max(1, hundredths * hidden // 100)
-
-
-def test_width_count_refuses_what_is_no_share() -> None:
-    for share, hidden in ((0.0, 8), (1.01, 8), (math.nan, 8), (0.5, 0)):
-        with pytest.raises(AdapterError, match="hidden channels; give a share"):
-            width_count(share, hidden)
-
-
-def test_docstring_examples_run() -> None:
-    assert doctest.testmod(block_router) == (0, 1)

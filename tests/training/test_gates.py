@@ -6,12 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shivelight.errors import TrainingError
+from shivelight.routing import gate_probability, hard_gate
 from shivelight.training.gates import (
     apply_gate,
     expected_width,
     gate_loss,
-    gate_probability,
-    hard_gate,
     straight_through_gate,
     width_loss,
     width_mask,

@@ -29,6 +29,33 @@ class Budget:
         return self.value == 1.0
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a schedule is asked for: all that it depends on except the policy.
+
+    Attributes:
+        budget: the bound.
+        steps: timesteps of the generation's model calls.
+        tokens: N, the image tokens of a dense block.
+        text_tokens: length of the text stream.
+        warmup: share of the steps, the first ones, that run everything where there is no policy; the others make up for
+            them.
+        attend_all: whether attention to every token is counted, also to those that do not run (keys and values reused).
+    """
+
+    budget: Budget
+    steps: tuple[float, ...]
+    tokens: int
+    text_tokens: int
+    warmup: float = 0.0
+    attend_all: bool = False
+
+    @property
+    def attended(self) -> int | None:
+        """Image tokens that are attended to, if more than those that run."""
+        return self.tokens if self.attend_all else None
+
+
 class Planner:
     """Schedules for a backbone, solved once for each distinct request.
 
@@ -42,49 +69,27 @@ class Planner:
         self.costs = list(costs)
         self.granularity = granularity
         self.routed = tuple(routed)
-        self._cache: dict[tuple, Schedule] = {}
+        self._cache: dict[tuple[bool, Request], Schedule] = {}
 
     def forget(self) -> None:
         """Drop solved schedules, after the policy changed."""
         self._cache.clear()
 
-    def schedule(
-        self,
-        policy: RatioPolicy | None,
-        budget: Budget,
-        steps: tuple[float, ...],
-        tokens: int,
-        text_tokens: int,
-        warmup: float = 0.0,
-        attend_all: bool = False,
-    ) -> Schedule:
-        """The integers for these timesteps; `policy` None means the same ratio everywhere, except that the first steps,
-        the share `warmup` of all, run everything and the others make up for them.
-
-        `attend_all` counts attention to every token, also those that do not run (keys and values are reused).
-        """
-        key = (policy is None, budget, steps, tokens, text_tokens, warmup, attend_all)
+    def schedule(self, policy: RatioPolicy | None, request: Request) -> Schedule:
+        """The integers that were asked for; `policy` None means the same ratio at every step after the warm-up."""
+        key = (policy is None, request)
         if key not in self._cache:
-            self._cache[key] = self._solve(policy, budget, steps, tokens, text_tokens, warmup, attend_all)
+            self._cache[key] = self._solve(policy, request)
         return self._cache[key]
 
-    def planned_ratio(self, schedule: Schedule, text_tokens: int, attend_all: bool = False) -> float:
-        """Planned FLOPs over dense."""
-        attended = schedule.tokens if attend_all else None
+    def planned_ratio(self, schedule: Schedule, request: Request) -> float:
+        """Planned FLOPs of the schedule that answers this request, over dense."""
         return cost.planned_ratio(
-            self.costs, schedule.keep, self.routed, schedule.tokens, text_tokens, attended=attended
+            self.costs, schedule.keep, self.routed, schedule.tokens, request.text_tokens, attended=request.attended
         )
 
-    def _solve(
-        self,
-        policy: RatioPolicy | None,
-        budget: Budget,
-        steps: tuple[float, ...],
-        tokens: int,
-        text_tokens: int,
-        warmup: float,
-        attend_all: bool,
-    ) -> Schedule:
+    def _solve(self, policy: RatioPolicy | None, request: Request) -> Schedule:
+        budget, steps, tokens, text_tokens = request.budget, request.steps, request.tokens, request.text_tokens
         shape = (len(steps), len(self.routed))
         if budget.everything:
             return Schedule(((tokens,) * shape[1],) * shape[0], tokens)
@@ -94,24 +99,23 @@ class Planner:
             with torch.no_grad():
                 logits = policy(torch.tensor(steps, device=policy.bias.device)).float().cpu()
         # A ratio of sigmoid(60) is 1.0 in float64.
-        logits[: math.ceil(warmup * len(steps))] = 60.0
+        logits[: math.ceil(request.warmup * len(steps))] = 60.0
         unit = count_unit(tokens, self.granularity)
         if budget.kind == "keep":
             return schedule_from_logits(logits, tokens, budget.value, unit)
         dense = cost.step_flops(self.costs, [tokens] * len(self.costs), text_tokens)
         always = sum(c.flops(tokens, text_tokens) for i, c in enumerate(self.costs) if i not in self.routed)
-        attended = tokens if attend_all else None
         price = [self.costs[i] for i in self.routed]
         try:
             return schedule_within_cost(
                 logits,
                 tokens,
-                lambda i, k: price[i].flops(k, text_tokens, attended=attended),
+                lambda i, k: price[i].flops(k, text_tokens, attended=request.attended),
                 (budget.value * dense - always) * len(steps),
                 unit,
             )
         except BudgetError as error:
-            least = (always + sum(c.flops(unit, text_tokens, attended=attended) for c in price)) / dense
+            least = (always + sum(c.flops(unit, text_tokens, attended=request.attended) for c in price)) / dense
             nearest = math.ceil(least * 1e4) / 1e4  # as printed, and never below what can be reached
             raise BudgetError(
                 f"compute={budget.value} cannot be reached: the blocks that are never routed and the text stream take "

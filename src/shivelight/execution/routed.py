@@ -14,7 +14,7 @@ from shivelight.cost import backbone_costs
 from shivelight.errors import BudgetError, ShivelightError, UnsupportedBackboneError
 from shivelight.execution.context import GRID, Clock, StepContext
 from shivelight.execution.folding import Delta, FoldedWeights
-from shivelight.execution.planning import Budget, Planner
+from shivelight.execution.planning import Budget, Planner, Request
 from shivelight.execution.reuse import ResidualCache
 from shivelight.routing import RatioPolicy, Schedule, TokenRouter
 
@@ -110,11 +110,6 @@ class Routed(nn.Module):
         self.residuals.clear()
 
     @property
-    def attends_to_all(self) -> bool:
-        """Whether tokens that run attend to the others too, by the keys and values those last had."""
-        return self.config.reuse is not None and self.config.reuse.context and bool(self.spec.context_linears)
-
-    @property
     def reuses(self) -> bool:
         """Whether residuals are kept now: passes of a bare transformer have no order in time."""
         return self.config.reuse is not None and self.context.steps is not None
@@ -195,17 +190,27 @@ class Routed(nn.Module):
             self.folded = FoldedWeights(model, deltas, self.config.deltas.alpha / self.config.deltas.rank)
             self.folded.apply(self.enabled)
 
-    def schedule(
-        self, steps: tuple[float, ...], tokens: int, text_tokens: int, budget: Budget | None = None
-    ) -> Schedule:
-        """The schedule for these timesteps under the budget in force (or another)."""
-        adaptive = self.config.tokens is not None and self.config.tokens.ratios == "policy"
-        policy = self.policy if adaptive else None
+    def request(self, steps: tuple[float, ...], tokens: int, text_tokens: int, budget: Budget | None = None) -> Request:
+        """What a generation of these timesteps asks of the planner, under the budget in force (or another)."""
+        # Without steps in order (a bare transformer) nothing is reused.
         reuse = self.config.reuse if steps is not GRID else None
-        return self.planner.schedule(
-            policy, budget or self.budget, steps, tokens, text_tokens,
-            warmup=0.0 if reuse is None else reuse.warmup, attend_all=self.attends_to_all,
-        )  # fmt: skip
+        return Request(
+            budget or self.budget,
+            steps,
+            tokens,
+            text_tokens,
+            warmup=0.0 if reuse is None else reuse.warmup,
+            attend_all=reuse is not None and reuse.context and bool(self.spec.context_linears),
+        )
+
+    def schedule(self, request: Request) -> Schedule:
+        """The schedule that answers this request."""
+        adaptive = self.config.tokens is not None and self.config.tokens.ratios == "policy"
+        return self.planner.schedule(self.policy if adaptive else None, request)
+
+    def planned_ratio(self, request: Request) -> float:
+        """Its planned FLOPs over those of the dense blocks."""
+        return self.planner.planned_ratio(self.schedule(request), request)
 
     def kept_counts(self, block: int, batch: int, tokens: int, text_tokens: int) -> tuple[int, ...]:
         """How many tokens each sample keeps in this block now: one number where all agree, else one for each sample."""
@@ -215,13 +220,13 @@ class Routed(nn.Module):
         place = block - self.routed[0]
         context = self.context
         if context.steps is not None:
-            return (self.schedule(context.steps, tokens, text_tokens).row(context.step)[place],)
+            return (self.schedule(self.request(context.steps, tokens, text_tokens)).row(context.step)[place],)
         if context.timestep is None:
             raise BudgetError(
                 "The backbone was called without a timestep, so the schedule cannot be read. Pass `timestep`, or attach "
                 "to the pipeline instead of the bare transformer."
             )
-        table = self.schedule(GRID, tokens, text_tokens)
+        table = self.schedule(self.request(GRID, tokens, text_tokens))
         values = context.timestep.detach().reshape(-1).float().tolist()
         scale = self.spec.timestep_scale
         counts = tuple(table.row(min(max(round(v * scale), 1), len(GRID)) - 1)[place] for v in values)

@@ -18,8 +18,7 @@ from torch.func import functional_call
 from shivelight.backbones.spec import Mlp
 from shivelight.cost import kept_channels
 from shivelight.errors import AdapterError, ShivelightError
-
-WIDTHS = (0.25, 0.5, 0.75, 1.0)
+from shivelight.routing import DEFAULT_WIDTHS
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class NarrowMlps:
         blocks: Mapping[int, nn.Module],
         mlp: Mlp,
         orders: Mapping[int, Tensor] | None = None,
-        widths: Sequence[float] = WIDTHS,
+        widths: Sequence[float] = DEFAULT_WIDTHS,
     ) -> None:
         self.mlp, self.widths = mlp, tuple(widths)
         self._blocks = dict(blocks)

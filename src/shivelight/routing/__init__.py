@@ -2,13 +2,13 @@
 
 from shivelight.routing.block_router import (
     BLOCK_ROUTERS,
+    DEFAULT_WIDTHS,
     BlockRouter,
     ElasticDiTRouter,
     GateLogits,
     gate_probability,
     hard_gate,
     width_choice,
-    width_count,
 )
 from shivelight.routing.ratio_policy import RatioPolicy, solve_anchor
 from shivelight.routing.schedule import Schedule, schedule_from_logits, schedule_within_cost, uniform_schedule
@@ -17,6 +17,7 @@ from shivelight.routing.token_router import PairRouter, TokenRouter
 
 __all__ = [
     "BLOCK_ROUTERS",
+    "DEFAULT_WIDTHS",
     "BlockRouter",
     "ElasticDiTRouter",
     "GateLogits",
@@ -36,5 +37,4 @@ __all__ = [
     "top_k_indices",
     "uniform_schedule",
     "width_choice",
-    "width_count",
 ]

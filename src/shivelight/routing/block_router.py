@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shivelight.errors import AdapterError
-from shivelight.routing.select import guarded_floor
 
 DEFAULT_WIDTHS = (0.25, 0.5, 0.75, 1.0)
 # Full-capacity start: a fresh router runs every block at its full width, and is not so sure that no gradient is left.
@@ -49,17 +48,6 @@ def hard_gate(p: Tensor, threshold: float | Tensor = 0.5) -> Tensor:
 def width_choice(width_logits: Tensor) -> Tensor:
     """Index of the likeliest width, [B, S] -> [B] int64; ties, and logits that are all NaN, go to the widest."""
     return width_logits.shape[-1] - 1 - width_logits.flip(-1).argmax(-1)  # argmax returns the first of equals
-
-
-def width_count(share: float, hidden: int) -> int:
-    """Hidden channels that a width keeps, floor(share * hidden) guarded against float error, at least 1.
-
-    >>> width_count(0.75, 4096), width_count(0.29, 100), width_count(0.25, 3)
-    (3072, 29, 1)
-    """
-    if not 0.0 < share <= 1.0 or hidden < 1:
-        raise AdapterError(f"Width {share} of {hidden} hidden channels; give a share in (0, 1] of 1 channel or more.")
-    return max(guarded_floor(share * hidden), 1)
 
 
 class _GatedBlock(nn.Module):

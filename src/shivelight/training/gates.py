@@ -16,29 +16,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shivelight.cost import kept_channels
 from shivelight.errors import TrainingError
-from shivelight.routing.block_router import gate_probability, hard_gate, width_choice, width_count
+from shivelight.routing import hard_gate, width_choice
 from shivelight.training.losses import BudgetLoss
-
-__all__ = [
-    "apply_gate",
-    "expected_width",
-    "gate_loss",
-    "gate_probability",
-    "hard_gate",
-    "straight_through_gate",
-    "width_choice",
-    "width_count",
-    "width_loss",
-    "width_mask",
-]
 
 
 def straight_through_gate(p: Tensor, threshold: float | Tensor = 0.5) -> Tensor:
     """The gate g = 1[p >= tau] + p - sg(p): exactly 0 or 1 in the forward pass, a gradient of one to p.
 
     Args:
-        p: [B], from `gate_probability`.
+        p: [B], from `routing.gate_probability`.
         threshold: tau; p at the threshold runs.
 
     Returns:
@@ -103,7 +91,7 @@ def width_mask(width_logits: Tensor, widths: Sequence[float], hidden: int, order
     rank = torch.arange(hidden, device=logits.device)
     if order is not None:
         rank = torch.empty_like(rank).scatter_(0, order, rank)
-    masks = torch.stack([rank < width_count(share, hidden) for share in widths]).to(logits.dtype)
+    masks = torch.stack([rank < kept_channels(share, hidden) for share in widths]).to(logits.dtype)
     soft = (torch.softmax(logits, dim=-1)[..., None] * masks).sum(1)
     return masks[width_choice(width_logits)] + (soft - soft.detach())
 
