@@ -138,7 +138,7 @@ def test_deltas_alone_are_the_fine_tuned_baseline(pipe: StableDiffusion3Pipeline
     dense = sample(pipe, PROMPTS)
     add_deltas(pipe)
     assert not torch.allclose(sample(pipe, PROMPTS), dense, atol=1e-2)
-    assert sl.planned_ratio(pipe) == 1.0 and "no token routing" in sl.summary(pipe)
+    assert sl.planned_ratio(pipe) == 1.0 and "no routing" in sl.summary(pipe)
     sl.set_budget(pipe, keep=1.0)
     with pytest.raises(sl.BudgetError, match="always runs everything") as caught:
         sl.set_budget(pipe, keep=0.5)

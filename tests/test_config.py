@@ -74,7 +74,7 @@ def test_a_bad_delta_setting_names_the_field(name: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ({"tokens": {}, "blocks": {}}, "no field blocks.*newer"),
+        ({"tokens": {}, "patches": {}}, "no field patches.*newer"),
         ({"tokens": {"width": 3}}, "no field width"),
         ({"tokens": [1, 2]}, "JSON object"),
         ([], "JSON object"),

@@ -12,7 +12,7 @@ from shivelight.adapter import (
 )
 from shivelight.adapter_files import load_adapter, push_to_hub, save_adapter
 from shivelight.backbones import BackboneSpec, register_backbone
-from shivelight.config import DeltaConfig, Reuse, RoutingConfig, TokenRouting
+from shivelight.config import BlockRouting, DeltaConfig, Reuse, RoutingConfig, TokenRouting
 from shivelight.errors import (
     AdapterError,
     BudgetError,
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "BackboneSpec",
+    "BlockRouting",
     "BudgetError",
     "DataError",
     "DeltaConfig",

@@ -15,7 +15,7 @@ from shivelight.errors import AdapterError, BudgetError, ShivelightError, Unsupp
 from shivelight.execution.context import GRID, Branch
 from shivelight.execution.folding import Delta
 from shivelight.execution.hook import BlockHook, EmbeddingHook, RootHook
-from shivelight.execution.planning import Budget, Request
+from shivelight.execution.planning import Budget
 from shivelight.execution.routed import NAME, Routed
 from shivelight.routing import Schedule
 
@@ -112,31 +112,55 @@ def branch(model: Any, name: Branch) -> Iterator[Any]:
         yield model
 
 
-def set_budget(model: Any, *, keep: float | None = None, compute: float | None = None) -> Any:
+def set_budget(
+    model: Any,
+    *,
+    keep: float | None = None,
+    compute: float | None = None,
+    threshold: float | None = None,
+    cap: bool = False,
+) -> Any:
     """Bound what every generation from now on may cost; no retraining.
 
     Args:
         model: an attached pipeline or transformer.
-        keep: mean token keep ratio over steps and routed blocks, in (0, 1]; 1.0 runs everything.
-        compute: mean share of the dense blocks' FLOPs, in (0, 1].
+        keep: mean token keep ratio over steps and routed blocks, in (0, 1]; 1.0 runs all tokens.
+        compute: mean share of the dense blocks' FLOPs, in (0, 1], over all that is routed; gates and widths, which samples
+            decide for themselves, are set so that it is met on average (by what the routers said in training).
+        threshold: E-DiT's own knob, alone or with `keep`: blocks run where their router's probability is at least this.
+        cap: with `compute`: no sample exceeds it, at the price of what its late steps would have run.
 
     Raises:
-        BudgetError: not exactly one of the two, out of range, or not reachable; the message says the nearest that is.
+        BudgetError: neither or both of keep and compute, out of range, or not reachable; the message says the nearest that is.
     """
-    if (keep is None) == (compute is None):
-        raise BudgetError("Give exactly one of keep= and compute=, for example set_budget(model, keep=0.6).")
     routed = routed_of(model)
-    budget = Budget("keep", keep) if keep is not None else Budget("compute", compute)  # type: ignore[arg-type]
-    if routed.config.tokens is None and not budget.everything:
-        raise BudgetError(
-            "The attached adapter has no token routing, so it always runs everything: keep=1.0.", nearest=1.0
-        )
-    if routed.config.tokens is not None:
+    budget = _budget(keep, compute, threshold, cap)
+    if routed.config.tokens is None and routed.config.blocks is None and not budget.everything:
+        raise BudgetError("The attached adapter has no routing, so it always runs everything: keep=1.0.", nearest=1.0)
+    if routed.config.tokens is None and budget.kind == "keep" and budget.value < 1:
+        raise BudgetError("The attached adapter routes no tokens; bound it by compute= or threshold=.", nearest=1.0)
+    if routed.config.blocks is None and (budget.threshold is not None or budget.cap):
+        raise BudgetError("The attached adapter routes no blocks: threshold= and cap=True are about those.")
+    if routed.routed:
         # Raises if it cannot be reached. The length of the text is known once a picture was made; until then, the least.
         tokens, text_tokens = routed.shape
-        routed.schedule(routed.request((500.0,), tokens, text_tokens if routed.shape_seen else 0, budget))
+        routed.planned_ratio((500.0,), tokens, text_tokens if routed.shape_seen else 0, budget)
     routed.budget = budget
     return model
+
+
+def _budget(keep: float | None, compute: float | None, threshold: float | None, cap: bool) -> Budget:
+    if threshold is not None and keep is None and compute is None:
+        keep = 1.0
+    if (keep is None) == (compute is None):
+        raise BudgetError("Give exactly one of keep= and compute=, for example set_budget(model, keep=0.6).")
+    if compute is None:
+        if cap:
+            raise BudgetError("cap=True bounds compute=; give that one.")
+        return Budget("keep", keep, threshold)  # type: ignore[arg-type]
+    if threshold is not None:
+        raise BudgetError("compute= chooses the threshold itself; give threshold= alone or with keep=.")
+    return Budget("compute", compute, cap=cap)
 
 
 def current_schedule(model: Any, steps: int | None = None) -> Schedule:
@@ -149,30 +173,28 @@ def current_schedule(model: Any, steps: int | None = None) -> Schedule:
     routed = routed_of(model)
     if routed.config.tokens is None:
         raise BudgetError("The attached adapter has no token routing, so there is no schedule.")
-    return routed.schedule(_current_request(routed, steps))
+    return routed.schedule(routed.request(_timesteps(routed, steps), *routed.shape))
 
 
-def _current_request(routed: Routed, steps: int | None) -> Request:
-    """What the next generation asks for, of this many steps or of those that the scheduler holds."""
+def _timesteps(routed: Routed, steps: int | None) -> tuple[float, ...]:
+    """Those of the next generation, of this many steps or as the scheduler holds them."""
     scheduler = getattr(routed.clock.pipeline, "scheduler", None)
     if steps is not None:
         if scheduler is None:
             raise BudgetError("A bare transformer has no sampling steps; attach to the pipeline, or leave `steps` out.")
         probe = type(scheduler).from_config(scheduler.config)
         probe.set_timesteps(steps)
-        times = tuple(float(t) for t in probe.timesteps.tolist())
-    elif scheduler is not None and getattr(scheduler, "num_inference_steps", None) is not None:
+        return tuple(float(t) for t in probe.timesteps.tolist())
+    if scheduler is not None and getattr(scheduler, "num_inference_steps", None) is not None:
         begin = getattr(scheduler, "begin_index", None) or 0
-        times = tuple(float(t) for t in scheduler.timesteps[begin:].tolist())
-    else:
-        times = GRID
-    return routed.request(times, *routed.shape)
+        return tuple(float(t) for t in scheduler.timesteps[begin:].tolist())
+    return GRID
 
 
 def planned_ratio(model: Any, steps: int | None = None) -> float:
-    """Planned FLOPs of the current schedule over those of the dense blocks."""
+    """Planned FLOPs of the next generation over those of the dense blocks; with gates, as expected from their records."""
     routed = routed_of(model)
-    return 1.0 if routed.config.tokens is None else routed.planned_ratio(_current_request(routed, steps))
+    return routed.planned_ratio(_timesteps(routed, steps), *routed.shape) if routed.routed else 1.0
 
 
 def summary(model: Any) -> str:
@@ -188,24 +210,33 @@ def summary(model: Any) -> str:
         f"adapter: {own / 1e6:.3f} M parameters ({100 * own / whole:.2f}% of the backbone), "
         f"{len(routed.deltas)} linears with DoRA deltas",
     ]
-    if routed.config.tokens is None:
-        return "\n".join([*lines, "no token routing: every token runs in every block"])
-    tokens = routed.config.tokens
+    if not routed.routed:
+        return "\n".join([*lines, "no routing: every token runs in every block"])
+    tokens, blocks, reuse, budget = routed.config.tokens, routed.config.blocks, routed.config.reuse, routed.budget
+    lines.append(f"routed blocks: {routed.routed[0]} to {routed.routed[-1]}")
+    if tokens is not None:
+        lines.append(f"tokens: scores {tokens.scores}, ratios {tokens.ratios}, guidance {tokens.cfg_scores}")
+    if blocks is not None:
+        lines.append(
+            f"blocks: {blocks.router} routers decide by {blocks.decide}, guidance {blocks.cfg_gates}; MLP widths "
+            f"{', '.join(f'{width:g}' for width in blocks.widths)}; {routed.gate_records.filled} records"
+        )
+    if reuse is not None:
+        lines.append(
+            f"reuse: residuals up to {reuse.max_age} steps old, warm-up of {reuse.warmup:.0%} of the steps; "
+            f"{routed.residuals.megabytes:.1f} MB held of at most {reuse.max_cache_mb:g}"
+        )
+    gates = "" if budget.threshold is None else f", threshold = {budget.threshold}"
     lines += [
-        f"routed blocks: {routed.routed[0]} to {routed.routed[-1]}; scores {tokens.scores}, ratios {tokens.ratios}, "
-        f"guidance {tokens.cfg_scores}",
-        f"budget: {routed.budget.kind} = {routed.budget.value}",
+        f"budget: {budget.kind} = {budget.value}{gates}{' (hard cap)' if budget.cap else ''}",
         f"planned FLOPs: {planned_ratio(backbone):.4f} of dense, at {routed.shape[0]} image and {routed.shape[1]} text tokens"
         + ("" if routed.shape_seen else " (assumed until the first picture)"),
-        f"schedule: {current_schedule(backbone)}",
     ]
-    if routed.config.reuse is not None:
-        reuse = routed.config.reuse
-        lines.insert(
-            3,
-            f"reuse: residuals up to {reuse.max_age} steps old, warm-up of {reuse.warmup:.0%} of the steps; "
-            f"{routed.residuals.megabytes:.1f} MB held of at most {reuse.max_cache_mb:g}",
-        )
+    if routed.spending.ratio is not None:
+        acted = ", ".join(f"{action} {count}" for action, count in routed.spending.actions.items() if count)
+        lines.append(f"realised by the last generation: {routed.spending.ratio:.4f} of dense ({acted})")
+    if tokens is not None:
+        lines.append(f"schedule: {current_schedule(backbone)}")
     return "\n".join(lines)
 
 

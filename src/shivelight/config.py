@@ -61,6 +61,60 @@ class TokenRouting:
 
 
 @dataclass(frozen=True)
+class BlockRouting:
+    """Which blocks run for a sample, and how much of their MLP (E-DiT).
+
+    Attributes:
+        router: "lean", ours; or "elastic-dit", laid out as the authors' released one, for their weights.
+        bottleneck: width of the router's hidden layer (128 in the released one).
+        modulation_rank: rank of the lean router's modulation by timestep and condition.
+        token_stride: the lean router reads every so-manieth token.
+        widths: shares of the MLP's hidden channels to choose from, ascending, the last 1.0; (1.0,) leaves the MLP whole.
+        start: "full" starts a fresh router where nearly everything runs, "random" is the paper's ablation.
+        threshold: tau; a block runs where the router's probability is at least this.
+        cfg_gates: "cond" lets the conditional branch decide for both, "each" lets every branch decide for itself.
+        decide: "block" asks the router of each block when it is reached, one transfer to the host per block; "step" uses
+            what the routers said at the step before (the first step runs everything), one transfer per step; "static"
+            uses what they said on average in training, at the nearest timesteps: no router runs, nothing is transferred,
+            and the cost is known before the first step.
+        share: of a `compute` budget over tokens and blocks together, compute^share is left to blocks and widths, the rest
+            to tokens.
+    """
+
+    router: Literal["lean", "elastic-dit"] = "lean"
+    bottleneck: int = 16
+    modulation_rank: int = 4
+    token_stride: int = 4
+    widths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    start: Literal["full", "random"] = "full"
+    threshold: float = 0.5
+    cfg_gates: Literal["cond", "each"] = "cond"
+    decide: Literal["block", "step", "static"] = "block"
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("bottleneck", "modulation_rank", "token_stride"):
+            _integer(f"BlockRouting.{name}", getattr(self, name))
+            _require(getattr(self, name) >= 1, f"BlockRouting.{name} is {getattr(self, name)}; give at least 1.")
+        _require(
+            isinstance(self.widths, list | tuple) and all(isinstance(w, int | float) for w in self.widths),
+            f"BlockRouting.widths is {self.widths!r}; give shares, for example (0.5, 1.0).",
+        )
+        object.__setattr__(self, "widths", tuple(float(width) for width in self.widths))  # JSON gives a list
+        ascending = all(narrow < wide for narrow, wide in zip(self.widths, self.widths[1:], strict=False))
+        _require(
+            bool(self.widths) and ascending and self.widths[0] > 0 and self.widths[-1] == 1.0,
+            f"BlockRouting.widths is {self.widths}; give shares in (0, 1], ascending, the last 1.0.",
+        )
+        _require(0 < self.threshold < 1, f"BlockRouting.threshold is {self.threshold}; give a probability in (0, 1).")
+        _require(0 < self.share < 1, f"BlockRouting.share is {self.share}; give an exponent in (0, 1).")
+        _one_of("BlockRouting.router", self.router, ("lean", "elastic-dit"))
+        _one_of("BlockRouting.start", self.start, ("full", "random"))
+        _one_of("BlockRouting.cfg_gates", self.cfg_gates, ("cond", "each"))
+        _one_of("BlockRouting.decide", self.decide, ("block", "step", "static"))
+
+
+@dataclass(frozen=True)
 class DeltaConfig:
     """DoRA deltas of the backbone's attention and MLP linears, trained jointly with the routing.
 
@@ -88,17 +142,25 @@ class Reuse:
             without. They take blocks x samples x tokens x width x bytes per number, three times that with `context`.
         context: whether tokens that run also attend to the others, by the keys and values they last had.
         warmup: share of the steps, at the start of a generation, that run everything; at least one step if above 0.
+        margin: a block whose router is at most this much above the threshold adds its last residual, if it has one;
+            delta in E-DiT.
+        max_reuses: how often in a row a block may do so before it runs again; K in E-DiT.
     """
 
     max_age: int = 10
     max_cache_mb: float = 4096.0
     context: bool = True
     warmup: float = 0.25
+    margin: float = 0.1
+    max_reuses: int = 5
 
     def __post_init__(self) -> None:
         _integer("Reuse.max_age", self.max_age)
         _require(self.max_age >= 1, f"Reuse.max_age is {self.max_age}; give at least 1 step.")
         _require(0 <= self.warmup < 1, f"Reuse.warmup is {self.warmup}; give a share of the steps in [0, 1).")
+        _require(0 <= self.margin <= 1, f"Reuse.margin is {self.margin}; give a difference of probabilities in [0, 1].")
+        _integer("Reuse.max_reuses", self.max_reuses)
+        _require(self.max_reuses >= 1, f"Reuse.max_reuses is {self.max_reuses}; give at least 1.")
         _require(self.max_cache_mb > 0, f"Reuse.max_cache_mb is {self.max_cache_mb}; give a positive number.")
 
 
@@ -107,21 +169,24 @@ class RoutingConfig:
     """Everything an adapter of a backbone holds.
 
     Attributes:
-        tokens: token routing, or None to run every token (deltas alone: the dense fine-tuned baseline).
+        tokens: token routing, or None to run every token.
+        blocks: block routing, or None to run every block whole. Deltas alone are the dense fine-tuned baseline.
         deltas: DoRA deltas, or None where the backbone's weights stay as they are.
-        reuse: whether rejected tokens add their last residual, or None to let them pass through unchanged.
+        reuse: whether rejected tokens and blocks that a router is unsure about add their last residual, or None to let
+            what does not run pass through unchanged.
         keep: the `keep` budget in force once attached; 1.0 runs everything until `set_budget`.
     """
 
     tokens: TokenRouting | None = field(default_factory=TokenRouting)
+    blocks: BlockRouting | None = None
     deltas: DeltaConfig | None = None
     reuse: Reuse | None = None
     keep: float = 1.0
 
     def __post_init__(self) -> None:
         _require(
-            self.tokens is not None or self.deltas is not None,
-            "RoutingConfig has neither tokens nor deltas: there is nothing to attach.",
+            self.tokens is not None or self.blocks is not None or self.deltas is not None,
+            "RoutingConfig has neither tokens, blocks nor deltas: there is nothing to attach.",
         )
         drifting = self.tokens is not None and self.tokens.scores == "drift"
         _require(
@@ -129,8 +194,8 @@ class RoutingConfig:
             "TokenRouting.scores='drift' ranks by the residuals of earlier steps; give RoutingConfig reuse=Reuse() too.",
         )
         _require(
-            self.reuse is None or self.tokens is not None,
-            "RoutingConfig.reuse is about rejected tokens; give tokens too.",
+            self.reuse is None or self.tokens is not None or self.blocks is not None,
+            "RoutingConfig.reuse is about rejected tokens and skipped blocks; give tokens or blocks too.",
         )
         _require(
             isinstance(self.keep, int | float) and 0 < self.keep <= 1,
@@ -156,7 +221,7 @@ class RoutingConfig:
     def from_dict(cls, data: dict[str, Any]) -> "RoutingConfig":
         """The config written by `to_dict`; unknown or missing names raise `AdapterError`."""
         _check_names(cls, data)
-        parts = {"tokens": TokenRouting, "deltas": DeltaConfig, "reuse": Reuse}
+        parts = {"tokens": TokenRouting, "blocks": BlockRouting, "deltas": DeltaConfig, "reuse": Reuse}
         read = {name: _part(part, data.get(name)) for name, part in parts.items()}
         return cls(**read, keep=data.get("keep", 1.0))
 

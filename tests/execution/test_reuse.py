@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import shivelight as sl
 from shivelight.adapter import routed_of
 from shivelight.cost import step_flops
-from shivelight.execution.reuse import ResidualCache, TokenResiduals
+from shivelight.execution.reuse import BlockResiduals, ResidualCache
 from shivelight.routing import top_k_indices
 
 PROMPTS = ["a red apple", "blue bird", "an owl on stripes"]
@@ -27,7 +27,7 @@ PROMPTS = ["a red apple", "blue bird", "an owl on stripes"]
 def test_residuals_follow_a_token_by_token_simulation(seed: int, max_age: int, kept: list[int]) -> None:
     generator = torch.Generator().manual_seed(seed)
     batch, tokens, width = 2, 6, 3
-    state, memory = TokenResiduals(torch.zeros(batch, tokens, width)), {}
+    state, memory = BlockResiduals(torch.zeros(batch, tokens, width)), {}
     for step, k in enumerate(kept):
         x, full = torch.randn(2, batch, tokens, width, generator=generator)
         indices = (
@@ -58,7 +58,7 @@ def test_residuals_follow_a_token_by_token_simulation(seed: int, max_age: int, k
 
 
 def test_tokens_whose_residual_is_too_old_run_first_oldest_first() -> None:
-    state = TokenResiduals(torch.zeros(1, 4, 2))
+    state = BlockResiduals(torch.zeros(1, 4, 2))
     state.refreshed = torch.tensor([[0, 3, 9, 8]], dtype=torch.int32)
     state.drift = torch.tensor([[0.0, 0.0, 5.0, 50.0]])
     assert top_k_indices(state.scores(10, 4), 1).tolist() == [[0]]
@@ -67,7 +67,7 @@ def test_tokens_whose_residual_is_too_old_run_first_oldest_first() -> None:
 
 def test_memory_stays_within_its_bound_and_the_oldest_goes_first() -> None:
     x = torch.zeros(1, 100, 10)
-    each = TokenResiduals(x).bytes / 1e6
+    each = BlockResiduals(x).bytes / 1e6
     cache = ResidualCache(2.5 * each)
     for block in (1, 2, 3):
         cache.enter((0, block), x)

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from shivelight.backbones.spec import BackboneSpec
 from shivelight.errors import ShivelightError
+from shivelight.execution.gates import Part
+from shivelight.execution.reuse import BlockResiduals
 from shivelight.execution.routed import Routed
 from shivelight.execution.tokens import gather_tokens, merge_samples, take_samples, write_back
+from shivelight.execution.width import call_narrow
 from shivelight.routing import token_mask, top_k_indices
 
 
@@ -68,10 +71,15 @@ class BlockCall:
         return self.arguments[self.spec.image_argument]
 
     @property
-    def text_tokens(self) -> int:
-        """Length of the text stream; 0 where the block has none."""
-        text = self.arguments.get(self.spec.text_argument) if self.spec.text_argument else None
-        return 0 if text is None else text.shape[1]
+    def text(self) -> Tensor | None:
+        """The text tokens [B, M, D]; None where the block has none."""
+        return self.arguments.get(self.spec.text_argument) if self.spec.text_argument else None
+
+    @property
+    def streams(self) -> dict[str, Tensor]:
+        """The arguments that hold tokens which the block returns changed."""
+        names = (self.spec.image_argument, self.spec.text_argument)
+        return {name: self.arguments[name] for name in names if name is not None and name in self.arguments}
 
     def on_tokens(self, x: Tensor, indices: Tensor | None) -> dict[str, Any]:
         """The arguments with the image tokens replaced by x, and by those at `indices` alone where given."""
@@ -98,7 +106,7 @@ class BlockCall:
 
 
 class BlockHook(ModelHook):
-    """On a routed block: scores, selects, runs the block's own forward on the kept tokens, writes them back."""
+    """On a routed block: asks what to do now, and runs the block's own forward on what is to run."""
 
     def __init__(self, routed: Routed, block: int) -> None:
         super().__init__()
@@ -115,38 +123,27 @@ class BlockHook(ModelHook):
                 routed.observer(self.block, x, call.split(output)[0], None)
             return output
         if routed.session is not None:
-            return self._train(call, routed.session)
-        batch, tokens = x.shape[:2]
-        counts = routed.kept_counts(self.block, batch, tokens, call.text_tokens)
-        if counts == (tokens,):
-            # A permuted k = N is not bit-identical, so nothing is gathered.
-            if routed.reuses and not routed.budget.everything:
-                with routed.remembering(self.block, module, x, None) as complete:
-                    output = self.fn_ref.original_forward(*args, **kwargs)
-                    complete(call.split(output)[0])
-            else:
-                output = self.fn_ref.original_forward(*args, **kwargs)
-            if routed.observer is not None:
-                routed.observer(self.block, x, call.split(output)[0], None)
-            return output
-        if len(counts) == 1:
-            indices = self._select(x, counts[0])
-            if routed.reuses:
-                with routed.remembering(self.block, module, x, indices) as complete:
-                    image, text = call.split(self.fn_ref.original_forward(**call.on_tokens(x, indices)))
-                    image = complete(image)
-            else:
-                image, text = self._run(call, x, indices)
-        else:
-            indices, (image, text) = None, self._run_groups(call, x, self._paired_scores(x), counts)
+            return self._train(module, call, routed.session)
+        parts = routed.decide(self.block, x, call.text)
+        scores = self._scores_for(x, parts)  # before the entry: a new one would have nothing to rank by
+        entry = None
+        if routed.reuses:
+            text = call.text if routed.config.blocks is not None else None
+            entry = routed.residuals.enter((routed.context.call, self.block), x, text)
+        image, text, indices = self._route(module, call, parts, scores, entry)
+        routed.residuals.trim()
         if routed.observer is not None:
             routed.observer(self.block, x, image, indices)
         return call.join(image, text)
 
-    def _select(self, x: Tensor, k: int) -> Tensor:
-        """Kept indices [B, k] of one batch whose samples keep equally many."""
-        indices = top_k_indices(self._paired_scores(x), k)
-        return torch.cat([indices, indices]) if self.routed.context.branch == "both" else indices
+    def _scores_for(self, x: Tensor, parts: tuple[Part, ...]) -> Tensor | None:
+        """Scores [B, N] to select by; None where no sample selects."""
+        selects = any(part.action == "run" and part.tokens < x.shape[1] for part in parts)
+        # What the conditional pass scores also serves an unconditional one that runs a block it skips itself.
+        if not selects and not (self.routed.context.branch == "cond" and self.routed.selects):
+            return None
+        scores = self._paired_scores(x)
+        return torch.cat([scores, scores]) if self.routed.context.branch == "both" else scores
 
     def _paired_scores(self, x: Tensor) -> Tensor:
         """Scores [B, N] of the batch, or [B / 2, N] where guidance pairs its halves."""
@@ -182,52 +179,83 @@ class BlockHook(ModelHook):
         tokens = self.routed.config.tokens
         return tokens is not None and tokens.cfg_scores == "max"
 
-    def _run(self, call: BlockCall, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The block on the kept tokens of a whole batch."""
-        image, text = call.split(self.fn_ref.original_forward(**call.on_tokens(x, indices)))
-        return write_back(x, indices, image), text
-
-    def _run_groups(
-        self, call: BlockCall, x: Tensor, scores: Tensor, counts: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Samples that keep different numbers of tokens: one real, smaller run for each number."""
-        batch, tokens = x.shape[:2]
-        if self.routed.context.branch == "both":
-            scores = torch.cat([scores, scores])
-        counts = counts * (batch // len(counts))
+    def _route(
+        self,
+        module: nn.Module,
+        call: BlockCall,
+        parts: tuple[Part, ...],
+        scores: Tensor | None,
+        entry: BlockResiduals | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(image, text, indices of the tokens that ran, None where samples differ or all ran): samples that do the same are
+        one real, smaller run."""
+        if len(parts) == 1:
+            return self._run_part(module, call, parts[0], scores, entry)
+        batch = len(parts)
         groups, images, texts = [], [], []
-        for k in sorted(set(counts)):
-            samples = torch.tensor([i for i, count in enumerate(counts) if count == k], device=x.device)
-            part = BlockCall(call.spec, (), take_samples(call.arguments, samples, batch))  # type: ignore[arg-type]
-            inner = x.index_select(0, samples)
-            if k == tokens:
-                image, text = part.split(self.fn_ref.original_forward(**part.on_tokens(inner, None)))
-            else:
-                image, text = self._run(part, inner, top_k_indices(scores.index_select(0, samples), k))
+        for part in sorted(set(parts), key=lambda part: (part.action, part.tokens, part.width)):
+            samples = torch.tensor([i for i, other in enumerate(parts) if other == part], device=call.image.device)
+            arguments = call.arguments if part.action == "run" else call.streams
+            inner = BlockCall(call.spec, (), take_samples(arguments, samples, batch))  # type: ignore[arg-type]
+            own = None if entry is None else entry.take(samples)
+            image, text, _ = self._run_part(
+                module, inner, part, None if scores is None else scores.index_select(0, samples), own
+            )
+            if entry is not None and own is not None:
+                entry.put(samples, own)
             groups.append(samples)
             images.append(image)
             texts.append(text)
         merged = merge_samples(images, groups)
         assert merged is not None
-        return merged, merge_samples(texts, groups)
+        return merged, merge_samples(texts, groups), None
 
-    def _train(self, call: BlockCall, session: Any) -> Any:
+    def _run_part(
+        self, module: nn.Module, call: BlockCall, part: Part, scores: Tensor | None, entry: BlockResiduals | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(image, text, indices) of samples that all do the same."""
+        x = call.image
+        if part.action == "skip":
+            return x, call.text, None
+        if part.action == "reuse":
+            assert entry is not None
+            return *entry.add(x, call.text), None
+        indices = None
+        if part.tokens < x.shape[1]:  # a permuted k = N is not bit-identical, so nothing is gathered there
+            assert scores is not None
+            indices = top_k_indices(scores, part.tokens)
+        if entry is None:
+            image, text = self._run(module, call, call.on_tokens(x, indices), part.width)
+            return (image if indices is None else write_back(x, indices, image)), text, indices
+        with self.routed.remembering(self.block, module, entry, indices):
+            image, text = self._run(module, call, call.on_tokens(x, indices), part.width)
+        reuse = self.routed.config.reuse
+        assert reuse is not None
+        entry.update_text(call.text, text)
+        return entry.update(x, indices, image, self.routed.context.step, reuse.max_age), text, indices
+
+    def _run(
+        self, module: nn.Module, call: BlockCall, arguments: dict[str, Any], width: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """(image, text) of the block's own forward, its MLP narrowed where asked."""
+        forward, narrow = self.fn_ref.original_forward, self.routed.narrow
+        if width == 1.0 or narrow is None:
+            return call.split(forward(**arguments))
+        return call.split(call_narrow(module, narrow.replacements(self.block, width), forward, **arguments))
+
+    def _train(self, module: nn.Module, call: BlockCall, session: Any) -> Any:
         """The same selection and the same run, with a session's gradients around them."""
-        routed, x = self.routed, call.image
-        batch, tokens = x.shape[:2]
-        scores, counts = session.decide(self.block, routed.scores(self.block, x))
-        if len(set(counts)) == 1:
-            indices = top_k_indices(scores, counts[0])
-            kept = token_mask(indices, tokens)
-            entered = session.enter(self.block, x, kept)
-            if counts[0] == tokens:
-                image, text = call.split(self.fn_ref.original_forward(**call.on_tokens(entered, None)))
-            else:
-                image, text = self._run(call, entered, indices)
+        x = call.image
+        tokens = x.shape[1]
+        scores, counts = session.decide(self.block, self.routed.scores(self.block, x))
+        counts = counts[:1] if len(set(counts)) == 1 else counts
+        if len(counts) == 1:
+            kept = token_mask(top_k_indices(scores, counts[0]), tokens)
         else:
-            kept = torch.zeros(batch, tokens, dtype=torch.bool, device=x.device)
+            kept = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
             for sample, k in enumerate(counts):
                 kept[sample, top_k_indices(scores[sample : sample + 1], k)[0]] = True
-            entered = session.enter(self.block, x, kept)
-            image, text = self._run_groups(call, entered, scores, counts)
+        entered = session.enter(self.block, x, kept)
+        inner = BlockCall(call.spec, (), call.arguments | {call.spec.image_argument: entered})
+        image, text, _ = self._route(module, inner, tuple(Part("run", k) for k in counts), scores, None)
         return call.join(session.leave(self.block, entered, image, kept), text)

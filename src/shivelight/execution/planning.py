@@ -1,9 +1,9 @@
 """From a budget to a schedule: the policy's shape, solved for the steps, tokens and text at hand."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -14,19 +14,30 @@ from shivelight.routing import RatioPolicy, Schedule, count_unit, schedule_from_
 
 @dataclass(frozen=True)
 class Budget:
-    """A bound that every schedule meets: `keep` is the mean token keep ratio, `compute` the share of dense FLOPs."""
+    """A bound that every generation meets.
+
+    Attributes:
+        kind: "keep" is the mean token keep ratio, "compute" the share of dense FLOPs.
+        value: of it, in (0, 1].
+        threshold: for "keep": blocks run where their router's probability is at least this; None runs all of them.
+        cap: for "compute": no sample ever exceeds it, instead of meeting it on average.
+    """
 
     kind: Literal["keep", "compute"]
     value: float
+    threshold: float | None = None
+    cap: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.value, int | float) or not 0.0 < self.value <= 1.0:
             raise BudgetError(f"{self.kind} is {self.value!r}; give a number in (0, 1], for example {self.kind}=0.6.")
+        if self.threshold is not None and not (isinstance(self.threshold, int | float) and 0 < self.threshold < 1):
+            raise BudgetError(f"threshold is {self.threshold!r}; give a probability in (0, 1), 0.5 in the paper.")
 
     @property
     def everything(self) -> bool:
         """Whether nothing is to be left out."""
-        return self.value == 1.0
+        return self.value == 1.0 and self.threshold is None
 
 
 @dataclass(frozen=True)
@@ -69,18 +80,26 @@ class Planner:
         self.costs = list(costs)
         self.granularity = granularity
         self.routed = tuple(routed)
-        self._cache: dict[tuple[bool, Request], Schedule] = {}
+        self._cache: dict[Hashable, Any] = {}
 
     def forget(self) -> None:
-        """Drop solved schedules, after the policy changed."""
+        """Drop what was solved, after the policy or the routers' records changed."""
         self._cache.clear()
+
+    def once(self, key: Hashable, solve: Callable[[], Any]) -> Any:
+        """What `solve` gives, solved once for each key."""
+        if key not in self._cache:
+            self._cache[key] = solve()
+        return self._cache[key]
+
+    def dense_flops(self, tokens: int, text_tokens: int) -> tuple[int, int]:
+        """FLOPs of one pass of one sample: (of all blocks, of those that are never routed)."""
+        each = [c.flops(tokens, text_tokens) for c in self.costs]
+        return sum(each), sum(flops for block, flops in enumerate(each) if block not in self.routed)
 
     def schedule(self, policy: RatioPolicy | None, request: Request) -> Schedule:
         """The integers that were asked for; `policy` None means the same ratio at every step after the warm-up."""
-        key = (policy is None, request)
-        if key not in self._cache:
-            self._cache[key] = self._solve(policy, request)
-        return self._cache[key]
+        return self.once((policy is None, request), lambda: self._solve(policy, request))
 
     def planned_ratio(self, schedule: Schedule, request: Request) -> float:
         """Planned FLOPs of the schedule that answers this request, over dense."""
@@ -103,8 +122,7 @@ class Planner:
         unit = count_unit(tokens, self.granularity)
         if budget.kind == "keep":
             return schedule_from_logits(logits, tokens, budget.value, unit)
-        dense = cost.step_flops(self.costs, [tokens] * len(self.costs), text_tokens)
-        always = sum(c.flops(tokens, text_tokens) for i, c in enumerate(self.costs) if i not in self.routed)
+        dense, always = self.dense_flops(tokens, text_tokens)
         price = [self.costs[i] for i in self.routed]
         try:
             return schedule_within_cost(

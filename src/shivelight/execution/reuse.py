@@ -2,7 +2,7 @@
 
 A block's residual, out - x, moves slowly from one sampling step to the next, so the last one that was computed is a better
 guess than zero. State is explicit: one entry for each (pass of the step, block), dropped when a generation begins, when a
-shape changes, or when memory runs out. Shapes: B samples, N image tokens, k kept tokens, D width.
+shape changes, or when memory runs out. Shapes: B samples, N image tokens, M text tokens, k kept tokens, D width.
 """
 
 from collections import OrderedDict
@@ -16,15 +16,20 @@ _EXPIRED = 1e6
 _NEVER = -(2**20)
 
 
-class TokenResiduals:
+class BlockResiduals:
     """The last residual of every token of one block, when it was computed, and how much it had moved by then.
 
     Args:
         x: [B, N, D], tells shape, dtype and device.
+        text: [B, M, D], the text tokens, or None where the block has none.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, text: Tensor | None = None) -> None:
         self.residual = torch.zeros_like(x)
+        self.text = None if text is None else torch.zeros_like(text)
+        # On the host, for each sample: whether every token has run once, and how often in a row the block was left out.
+        self.complete = [False] * len(x)
+        self.reused = [0] * len(x)
         self.refreshed = torch.full(x.shape[:2], _NEVER, dtype=torch.int32, device=x.device)
         self.drift = torch.zeros(x.shape[:2], device=x.device)
         self.projections: dict[str, Tensor] = {}
@@ -32,13 +37,49 @@ class TokenResiduals:
     @property
     def bytes(self) -> int:
         """Memory held."""
-        held = (self.residual, self.refreshed, self.drift, *self.projections.values())
-        return sum(t.numel() * t.element_size() for t in held)
+        held = (self.residual, self.text, self.refreshed, self.drift, *self.projections.values())
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
 
-    def fits(self, x: Tensor) -> bool:
+    def fits(self, x: Tensor, text: Tensor | None = None) -> bool:
         """Whether it belongs to tokens of this shape, dtype and device."""
         kept = self.residual
-        return (kept.shape, kept.dtype, kept.device) == (x.shape, x.dtype, x.device)
+        same_text = (None if self.text is None else self.text.shape) == (None if text is None else text.shape)
+        return same_text and (kept.shape, kept.dtype, kept.device) == (x.shape, x.dtype, x.device)
+
+    def take(self, samples: Tensor) -> "BlockResiduals":
+        """The entries of some samples [b] (int64, on x's device), as copies."""
+        chosen = samples.tolist()
+        part = BlockResiduals.__new__(BlockResiduals)
+        part.residual, part.refreshed = self.residual[samples], self.refreshed[samples]
+        part.drift, part.text = self.drift[samples], None if self.text is None else self.text[samples]
+        part.complete = [self.complete[sample] for sample in chosen]
+        part.reused = [self.reused[sample] for sample in chosen]
+        # Those of a sample that never ran whole hold nothing.
+        part.projections = {name: p[samples] for name, p in self.projections.items()} if all(part.complete) else {}
+        return part
+
+    def put(self, samples: Tensor, part: "BlockResiduals") -> None:
+        """Write back what `take` gave out."""
+        for name in ("residual", "refreshed", "drift"):
+            getattr(self, name)[samples] = getattr(part, name)
+        if self.text is not None and part.text is not None:
+            self.text[samples] = part.text
+        for name, projection in part.projections.items():
+            if name not in self.projections:
+                self.projections[name] = projection.new_zeros(len(self.complete), *projection.shape[1:])
+            self.projections[name][samples] = projection
+        for place, sample in enumerate(samples.tolist()):
+            self.complete[sample], self.reused[sample] = part.complete[place], part.reused[place]
+
+    def add(self, x: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What a block that is left out adds: x + its last residual, for both streams."""
+        self.reused = [count + 1 for count in self.reused]
+        return x + self.residual, text if text is None or self.text is None else text + self.text
+
+    def update_text(self, text: Tensor | None, out: Tensor | None) -> None:
+        """Take in what a block has added to the text tokens [B, M, D]; `out` is None in a block that is the text's last."""
+        if self.text is not None and text is not None and out is not None:
+            self.text = out - text
 
     def scores(self, step: int, max_age: int) -> Tensor:
         """How much each token needs to run, [B, N] fp32: how far its residual had moved when last seen, times its age.
@@ -82,7 +123,9 @@ class TokenResiduals:
         Returns:
             [B, N, D]: `out` exactly where the block ran, x + the last residual elsewhere (x alone where there is none).
         """
+        self.reused = [0] * len(x)
         if indices is None:
+            self.complete = [True] * len(x)
             residual = out - x
             self.drift = torch.linalg.vector_norm((residual - self.residual).float(), dim=-1)
             self.residual = residual
@@ -107,7 +150,7 @@ class ResidualCache:
 
     def __init__(self, max_mb: float) -> None:
         self.max_mb = max_mb
-        self._entries: OrderedDict[tuple[int, int], TokenResiduals] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, int], BlockResiduals] = OrderedDict()
 
     @property
     def megabytes(self) -> float:
@@ -119,17 +162,22 @@ class ResidualCache:
         self._entries.clear()
 
     def scores(self, place: tuple[int, int], x: Tensor, samples: slice, step: int, max_age: int) -> Tensor | None:
-        """`TokenResiduals.scores` of the chosen samples, or None where there is no entry; x [B, N, D] holds only those."""
+        """`BlockResiduals.scores` of the chosen samples, or None where there is no entry; x [B, N, D] holds only those."""
         entry = self._entries.get(place)
         if entry is None or entry.residual[samples].shape != x.shape:
             return None
         return entry.scores(step, max_age)[samples]
 
-    def enter(self, place: tuple[int, int], x: Tensor) -> TokenResiduals:
-        """The entry of a (pass, block) that is about to run on tokens x [B, N, D]; a new one where none fits."""
+    def find(self, place: tuple[int, int], x: Tensor, text: Tensor | None = None) -> BlockResiduals | None:
+        """The entry of a (pass, block) for tokens x [B, N, D], where one fits."""
         entry = self._entries.get(place)
-        if entry is None or not entry.fits(x):
-            entry = self._entries[place] = TokenResiduals(x)
+        return entry if entry is not None and entry.fits(x, text) else None
+
+    def enter(self, place: tuple[int, int], x: Tensor, text: Tensor | None = None) -> BlockResiduals:
+        """The entry of a (pass, block) that is about to run on tokens x [B, N, D]; a new one where none fits."""
+        entry = self.find(place, x, text)
+        if entry is None:
+            entry = self._entries[place] = BlockResiduals(x, text)
         self._entries.move_to_end(place)
         return entry
 

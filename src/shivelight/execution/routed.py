@@ -1,5 +1,6 @@
 """The state of a routed backbone: its routers and policy as one submodule, and what the hooks need to know."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -14,9 +15,12 @@ from shivelight.cost import backbone_costs
 from shivelight.errors import BudgetError, ShivelightError, UnsupportedBackboneError
 from shivelight.execution.context import GRID, Clock, StepContext
 from shivelight.execution.folding import Delta, FoldedWeights
+from shivelight.execution.gate_plan import GatePlan, GatePlanner
+from shivelight.execution.gates import Cap, GateWords, Part, Spending, choose_action, choose_width
 from shivelight.execution.planning import Budget, Planner, Request
-from shivelight.execution.reuse import ResidualCache
-from shivelight.routing import RatioPolicy, Schedule, TokenRouter
+from shivelight.execution.reuse import BlockResiduals, ResidualCache
+from shivelight.execution.width import NarrowMlps
+from shivelight.routing import BLOCK_ROUTERS, Dial, GateRecords, RatioPolicy, Schedule, TokenRouter
 
 NAME = "shivelight"
 
@@ -55,17 +59,19 @@ class Routed(nn.Module):
         super().__init__()
         blocks = spec.block_list(model)
         self.spec, self.config = spec, config
-        self.routed = tuple(range(spec.first_routed, len(blocks))) if config.tokens is not None else ()
+        routes = config.tokens is not None or config.blocks is not None
+        self.routed = tuple(range(spec.first_routed, len(blocks))) if routes else ()
         self.router: TokenRouter | None = None
         self.policy: RatioPolicy | None = None
         tokens = config.tokens
+        width, time_width, condition_width = spec.widths(model)
         if tokens is not None and tokens.scores == "learned":
-            width, time_width, condition_width = spec.widths(model)
             self.router = TokenRouter(
                 width, time_width, condition_width, self.routed, bottleneck=tokens.bottleneck, share=tokens.share
             )
         if tokens is not None and tokens.ratios == "policy":
             self.policy = RatioPolicy(len(self.routed), target=tokens.initial_keep, hidden=tokens.policy_width)
+        self._add_gates(model, (width, time_width, condition_width))
         reference = next(model.parameters())
         dtype = reference.dtype if reference.dtype in (torch.float32, torch.float16, torch.bfloat16) else None
         device = None if reference.device.type == "meta" else reference.device
@@ -87,6 +93,49 @@ class Routed(nn.Module):
         self.reset_function: Callable[[], None] | None = None
         self._random: dict[tuple[int, int, int], Tensor] = {}
 
+    def _add_gates(self, model: nn.Module, widths: tuple[int, int, int | None]) -> None:
+        """The block routers, their records and the narrow MLPs, where blocks are routed."""
+        config, spec = self.config.blocks, self.spec
+        self.block_router: Any = None
+        self.gate_records: GateRecords | None = None
+        self.narrow: NarrowMlps | None = None
+        self.spending = Spending()
+        self.cap: Cap | None = None
+        if config is None:
+            return
+        options: dict[str, Any] = {"bottleneck": config.bottleneck, "widths": config.widths, "start": config.start}
+        if config.router == "lean":
+            options |= {"modulation_rank": config.modulation_rank, "token_stride": config.token_stride}
+        if len(config.widths) > 1 and spec.mlp is None:
+            raise UnsupportedBackboneError(
+                f"The spec {spec.name!r} names no MLP that can be narrowed; use BlockRouting(widths=(1.0,)), or fill in `mlp`."
+            )
+        self.block_router = BLOCK_ROUTERS[config.router](*widths, self.routed, **options)
+        self.gate_records = GateRecords(len(self.routed), len(config.widths))
+        self.words = GateWords(config)
+        if len(config.widths) > 1 and spec.mlp is not None:
+            blocks = spec.block_list(model)
+            # A plain attribute: the backbone's blocks must not become our submodules. Each block's channel order is ours.
+            for block in self.routed:
+                channels = spec.mlp.channels(blocks[block])
+                self.register_buffer(f"mlp_order_{block}", torch.arange(channels))
+            self.set_orders(model, {})
+
+    def set_orders(self, model: nn.Module, orders: dict[int, Tensor]) -> None:
+        """Rank the MLPs' hidden channels: for some blocks a permutation [H], the most important first; the others stay."""
+        assert self.config.blocks is not None and self.spec.mlp is not None
+        blocks = self.spec.block_list(model)
+        for block, order in orders.items():
+            getattr(self, f"mlp_order_{block}").copy_(order)
+        ranked = {block: getattr(self, f"mlp_order_{block}").cpu() for block in self.routed}
+        natural = {block: torch.equal(order, torch.arange(len(order))) for block, order in ranked.items()}
+        self.narrow = NarrowMlps(
+            {block: blocks[block] for block in self.routed},
+            self.spec.mlp,
+            {block: order for block, order in ranked.items() if not natural[block]},
+            self.config.blocks.widths,
+        )
+
     def __deepcopy__(self, memo: dict) -> NoReturn:
         raise ShivelightError(
             "A routed backbone cannot be deep-copied: diffusers' hooks in the copy would run the original's weights. "
@@ -101,43 +150,60 @@ class Routed(nn.Module):
     def begin(self, timestep: Tensor | None) -> None:
         """A forward pass of the backbone begins."""
         generation = self.context.generation
-        if self.clock.tick(timestep).generation != generation:
-            self.residuals.clear()
+        context = self.clock.tick(timestep)
+        if context.generation != generation:
+            self._forget()
+        if context.generation != generation or context.steps is None:
+            self.spending = Spending()
+        if self.config.blocks is not None:
+            self.words.begin(context)
 
     def reset(self) -> None:
         """The next pass starts from nothing."""
         self.clock.reset()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what belongs to one generation."""
         self.residuals.clear()
+        self.cap = None
+        if self.config.blocks is not None:
+            self.words.clear()
+        if self.narrow is not None:
+            self.narrow.forget()
 
     @property
     def reuses(self) -> bool:
         """Whether residuals are kept now: passes of a bare transformer have no order in time."""
-        return self.config.reuse is not None and self.context.steps is not None
+        return self.config.reuse is not None and self.context.steps is not None and not self.budget.everything
+
+    @property
+    def selects(self) -> bool:
+        """Whether tokens are left out under the budget in force."""
+        return self.config.tokens is not None and not self._token_budget(self.budget).everything
 
     @contextmanager
     def remembering(
-        self, block: int, module: nn.Module, x: Tensor, indices: Tensor | None
-    ) -> Iterator[Callable[[Tensor], Tensor]]:
-        """While a block runs on some of its tokens x [B, N, D]: the others keep their last keys and values.
-
-        Yields a function that takes the block's output [B, k, D] and completes it to [B, N, D] (see `TokenResiduals.update`).
-        """
-        reuse, context = self.config.reuse, self.context
+        self, block: int, module: nn.Module, entry: BlockResiduals, indices: Tensor | None
+    ) -> Iterator[None]:
+        """While a block runs on the tokens `indices` [B, k] (None: all) of what `entry` is about: the others keep their last
+        keys and values."""
+        reuse = self.config.reuse
         assert reuse is not None
-        entry = self.residuals.enter((context.call, block), x)
         handles, completed = [], []
 
         def complete(name: str, output: Tensor) -> Tensor:
             completed.append(name)
             return entry.complete_projection(name, indices, output)
 
-        for name in self.spec.context_linears if reuse.context else ():
+        # Only tokens are left out of a block that runs; without token routing there is nothing to complete.
+        for name in self.spec.context_linears if reuse.context and self.config.tokens is not None else ():
             with suppress(AttributeError):  # only some blocks have dual attention
                 # Registered for this call alone, on whatever the layer is by now: a user's LoRA may have wrapped it.
                 layer = module.get_submodule(name)
                 handles.append(layer.register_forward_hook(lambda _, __, output, name=name: complete(name, output)))
         try:
-            yield lambda out: entry.update(x, indices, out, context.step, reuse.max_age)
+            yield
             if len(completed) != len(handles):
                 raise ShivelightError(
                     f"Block {block} ran without its key and value projections {', '.join(self.spec.context_linears)}, so those "
@@ -147,7 +213,6 @@ class Routed(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-            self.residuals.trim()
 
     @contextmanager
     def switched(self, enabled: bool) -> Iterator[None]:
@@ -195,7 +260,7 @@ class Routed(nn.Module):
         # Without steps in order (a bare transformer) nothing is reused.
         reuse = self.config.reuse if steps is not GRID else None
         return Request(
-            budget or self.budget,
+            self._token_budget(budget or self.budget),
             steps,
             tokens,
             text_tokens,
@@ -208,14 +273,172 @@ class Routed(nn.Module):
         adaptive = self.config.tokens is not None and self.config.tokens.ratios == "policy"
         return self.planner.schedule(self.policy if adaptive else None, request)
 
-    def planned_ratio(self, request: Request) -> float:
-        """Its planned FLOPs over those of the dense blocks."""
-        return self.planner.planned_ratio(self.schedule(request), request)
+    def _token_budget(self, budget: Budget) -> Budget:
+        """What tokens get of it, where blocks get a part too."""
+        blocks = self.config.blocks
+        if blocks is None or budget.everything:
+            return budget
+        if budget.kind == "keep" or self.config.tokens is None:
+            return Budget("keep", budget.value if budget.kind == "keep" else 1.0)
+        return Budget("compute", budget.value ** (1.0 - blocks.share))
+
+    def planned_ratio(
+        self, steps: tuple[float, ...], tokens: int, text_tokens: int, budget: Budget | None = None
+    ) -> float:
+        """Planned FLOPs of a generation of these timesteps over those of the dense blocks; with gates, as expected."""
+        request = self.request(steps, tokens, text_tokens, budget)
+        plan = self.gate_plan(request, budget)
+        if plan is None or plan.cost is None:
+            return self.planner.planned_ratio(self.schedule(request), request)
+        dense, always = self.planner.dense_flops(tokens, text_tokens)
+        return (always + plan.cost / plan.steps) / dense
+
+    def gate_plan(self, request: Request, budget: Budget | None = None) -> GatePlan | None:
+        """Where the gates stand in a generation with this request, or None where every block runs."""
+        blocks, budget = self.config.blocks, budget or self.budget
+        if blocks is None or budget.everything or (budget.kind == "keep" and budget.threshold is None):
+            return None
+        return self.planner.once(
+            (budget, request, blocks, self.config.reuse), lambda: self._plan_gates(request, budget)
+        )
+
+    def _plan_gates(self, request: Request, budget: Budget) -> GatePlan:
+        blocks, records = self.config.blocks, self.gate_records
+        assert blocks is not None and records is not None
+        if budget.threshold is not None and records.filled == 0 and blocks.decide != "static":
+            return GatePlan(Dial(budget.threshold), None, 1)
+        planner = self._gate_planner(request, budget)
+        if budget.threshold is not None:
+            return planner.plan(0.0)
+        return planner.solve(self._left_to_gates(planner, request, budget))
+
+    def _gate_planner(self, request: Request, budget: Budget) -> GatePlanner:
+        blocks, records, reuse = self.config.blocks, self.gate_records, self.config.reuse
+        assert blocks is not None and records is not None
+        kept = self.schedule(request).keep
+        # A bare transformer has no steps; its expectation is over evenly spread timesteps.
+        places = range(len(kept)) if request.steps is not GRID else range(9, len(kept), 20)
+        return GatePlanner(
+            [self.planner.costs[block] for block in self.routed],
+            records,
+            blocks.widths,
+            [kept[place] for place in places],
+            [request.steps[place] for place in places],
+            request.text_tokens,
+            request.attended,
+            budget.threshold or blocks.threshold,
+            None if reuse is None or request.steps is GRID else (reuse.margin, reuse.max_reuses),
+            blocks.decide == "static",
+        )
+
+    def _left_to_gates(self, planner: GatePlanner, request: Request, budget: Budget) -> float:
+        """FLOPs that routed blocks may take in a generation, over all steps of the planner."""
+        dense, always = self.planner.dense_flops(request.tokens, request.text_tokens)
+        left = (budget.value * dense - always) * planner.steps
+        if left < planner.least:
+            nearest = math.ceil(1e4 * (always + planner.least / planner.steps) / dense) / 1e4
+            raise BudgetError(
+                f"compute={budget.value} cannot be reached: the blocks that are never routed take {always / dense:.4f} of the "
+                f"dense FLOPs. The nearest is compute={nearest}.",
+                nearest=nearest,
+            )
+        return left
+
+    def decide(self, block: int, x: Tensor, text: Tensor | None) -> tuple[Part, ...]:
+        """What a block does now with image tokens x [B, N, D] and text tokens [B, M, D]: one part where all samples agree,
+        else one for each sample."""
+        batch, tokens = x.shape[:2]
+        text_tokens = 0 if text is None else text.shape[1]
+        counts = self.kept_counts(block, batch, tokens, text_tokens)
+        request = self.request(self.context.steps or GRID, tokens, text_tokens)
+        plan = None if self.config.blocks is None else self.gate_plan(request)
+        if plan is None:
+            parts = tuple(Part("run", k) for k in counts)
+        else:
+            parts = self._gated(block, x, text, counts * (batch // len(counts)), plan, request)
+        self._account(block, parts if len(parts) == batch else parts * batch, request)
+        return parts[:1] if len(set(parts)) == 1 else parts
+
+    def _gated(
+        self, block: int, x: Tensor, text: Tensor | None, counts: tuple[int, ...], plan: GatePlan, request: Request
+    ) -> tuple[Part, ...]:
+        blocks, context, reuse = self.config.blocks, self.context, self.config.reuse
+        assert blocks is not None
+        batch = len(x)
+        words = self._words(block, x, text, plan)
+        if words is None:
+            return tuple(Part("run", k) for k in counts)
+        entry = self.residuals.find((context.call, block), x, text) if self.reuses else None
+        cap = self._cap(request)
+        shifts = None if cap is None else cap.shift(context.call, context.step, batch)
+        parts = []
+        for sample, word in enumerate(words):
+            dial = plan.dial if shifts is None else Dial(plan.dial.threshold, shifts[sample])
+            width = choose_width(word, dial, blocks.widths)
+            may_reuse = entry is not None and reuse is not None and entry.complete[sample]
+            may_reuse = may_reuse and entry.reused[sample] < reuse.max_reuses  # type: ignore[union-attr]
+            action = choose_action(word[0], dial, 0.0 if reuse is None else reuse.margin, may_reuse)
+            if cap is not None and action == "run":
+                flops = self._flops(block, Part("run", counts[sample], width), request)
+                if cap.allows(context.call, context.step, sample, batch, flops):
+                    cap.spend(context.call, sample, batch, flops)
+                else:
+                    action = "reuse" if may_reuse else "skip"
+            parts.append(Part(action, counts[sample], width) if action == "run" else Part(action, 0))
+        return tuple(parts)
+
+    def _words(self, block: int, x: Tensor, text: Tensor | None, plan: GatePlan) -> list[list[float]] | None:
+        """The routers' word on every sample of the batch, or None where nothing is known yet."""
+        blocks, context, batch = self.config.blocks, self.context, len(x)
+        assert blocks is not None
+        if plan.logits is not None:
+            gate, width = plan.logits
+            place = block - self.routed[0]
+            if context.steps is not None:
+                return [[gate[context.step][place], *width[context.step][place]]] * batch
+            times = [] if context.timestep is None else context.timestep.detach().reshape(-1).float().tolist()
+            rows = [min(max(round(t * self.spec.timestep_scale - 10) // 20, 0), len(gate) - 1) for t in times]
+            rows = rows if len(rows) == batch else rows[:1] * batch
+            return [[gate[row][place], *width[row][place]] for row in rows]
+        half = batch // 2 if context.branch == "both" and blocks.cfg_gates == "cond" else 0
+        words = self.words.of(block, context, lambda: self._read_router(block, x[half:], text, half))
+        return words if words is None or not half else [*words, *words]
+
+    def _read_router(self, block: int, x: Tensor, text: Tensor | None, first: int) -> Tensor:
+        """Gate and width logits [B, 1 + S] of x [B, N, D], the samples of the batch from `first` on."""
+        time, condition = self._embeddings(len(x), slice(first, None))
+        logits = self.block_router(block, x, time, condition, None if text is None else text[first:])
+        return torch.cat([logits.gate[:, None], logits.width], dim=1)
+
+    def _cap(self, request: Request) -> Cap | None:
+        """The hard bound on this generation, where one was asked for."""
+        if not self.budget.cap or self.context.steps is None:
+            return None
+        if self.cap is None:
+            planner = self._gate_planner(request, self.budget)
+            shifts, remaining = planner.remaining()
+            self.cap = Cap(self._left_to_gates(planner, request, self.budget), shifts, remaining)
+        return self.cap
+
+    def _flops(self, block: int, part: Part, request: Request) -> float:
+        return self.planner.costs[block].flops(part.tokens, request.text_tokens, part.width, request.attended)
+
+    def _account(self, block: int, parts: tuple[Part, ...], request: Request) -> None:
+        """Add to the generation's spending."""
+        spending = self.spending
+        if block == self.routed[0]:
+            dense, always = self.planner.dense_flops(request.tokens, request.text_tokens)
+            spending.dense += dense * len(parts)
+            spending.flops += always * len(parts)
+        for part in parts:
+            spending.actions[part.action] += 1
+            if part.action == "run":
+                spending.flops += self._flops(block, part, request)
 
     def kept_counts(self, block: int, batch: int, tokens: int, text_tokens: int) -> tuple[int, ...]:
         """How many tokens each sample keeps in this block now: one number where all agree, else one for each sample."""
         self.shape, self.shape_seen = (tokens, text_tokens), True
-        if self.budget.everything:
+        if self.budget.everything or self.config.tokens is None:
             return (tokens,)
         place = block - self.routed[0]
         context = self.context
@@ -246,7 +469,14 @@ class Routed(nn.Module):
             drift = self.residuals.scores((context.call, block), x, samples, context.step, self.config.reuse.max_age)
             # Without a residual to go by (memory ran out), the features are all there is.
             return torch.linalg.vector_norm(x.float(), dim=-1) if drift is None else drift
-        if self.router is None or context.time_embedding is None:
+        assert self.router is not None
+        time, condition = self._embeddings(x.shape[0], samples)
+        return self.router(block, x, time, condition)
+
+    def _embeddings(self, rows: int, samples: slice) -> tuple[Tensor, Tensor | None]:
+        """Timestep [rows, T] and condition [rows, C] embeddings of the chosen samples of the pass."""
+        context = self.context
+        if context.time_embedding is None:
             raise UnsupportedBackboneError(
                 f"The spec {self.spec.name!r} names {self.spec.timestep_embedding!r} as the timestep embedding, but it did "
                 "not run before the blocks; correct `timestep_embedding` in the spec."
@@ -256,9 +486,7 @@ class Routed(nn.Module):
         condition = context.condition
         if condition is not None and condition.shape[0] != 1:
             condition = condition[samples]
-        rows = x.shape[0]
-        condition = None if condition is None else condition.expand(rows, -1)
-        return self.router(block, x, time.expand(rows, -1), condition)
+        return time.expand(rows, -1), None if condition is None else condition.expand(rows, -1)
 
     def _new_residuals(self) -> ResidualCache:
         return ResidualCache(0.0 if self.config.reuse is None else self.config.reuse.max_cache_mb)

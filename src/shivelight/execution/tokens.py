@@ -44,8 +44,8 @@ def take_samples(value: object, samples: Tensor, batch: int) -> object:
 
 
 def merge_samples(parts: Sequence[Tensor | None], groups: list[Tensor]) -> Tensor | None:
-    """Undo `take_samples`: rows of the parts in the batch's own order. None (no text returned) stays None."""
-    if parts[0] is None:
+    """Undo `take_samples`: rows of the parts in the batch's own order. None (a part returned no text) makes all None."""
+    given = [part for part in parts if part is not None]
+    if len(given) < len(parts):
         return None
-    order = torch.cat(groups).argsort()
-    return torch.cat([part for part in parts if part is not None]).index_select(0, order)
+    return torch.cat(given).index_select(0, torch.cat(groups).argsort())

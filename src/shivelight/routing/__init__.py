@@ -10,6 +10,7 @@ from shivelight.routing.block_router import (
     hard_gate,
     width_choice,
 )
+from shivelight.routing.gate_records import Dial, GateRecords
 from shivelight.routing.ratio_policy import RatioPolicy, solve_anchor
 from shivelight.routing.schedule import Schedule, schedule_from_logits, schedule_within_cost, uniform_schedule
 from shivelight.routing.select import check_scores, count_unit, keep_count, token_mask, top_k_indices
@@ -19,8 +20,10 @@ __all__ = [
     "BLOCK_ROUTERS",
     "DEFAULT_WIDTHS",
     "BlockRouter",
+    "Dial",
     "ElasticDiTRouter",
     "GateLogits",
+    "GateRecords",
     "PairRouter",
     "RatioPolicy",
     "Schedule",

@@ -1,0 +1,140 @@
+"""From a budget to thresholds: where the gates must stand so that their expected cost meets what is left to them.
+
+Shapes: T steps of a generation, W records near each step, L routed blocks, S widths.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shivelight.cost import BlockCost
+from shivelight.routing import Dial, GateRecords
+
+# sigmoid(30) is 1 to fp32 and trained logits stay far below 30: beyond this shift nothing changes any more.
+_FARTHEST = 60.0
+_CAP_STEPS = 81
+
+
+@dataclass(frozen=True)
+class GatePlan:
+    """Where the gates stand in one generation.
+
+    Attributes:
+        dial: threshold and shift.
+        cost: expected FLOPs of the routed blocks, summed over the steps, for one sample and pass; None if nothing is known.
+        steps: how many the sum is over.
+        logits: static mode: (gate logits [T][L], width logits [T][L][S]) that decide, the records' means; else None.
+    """
+
+    dial: Dial
+    cost: float | None
+    steps: int
+    logits: tuple[list[list[float]], list[list[list[float]]]] | None = None
+
+
+class GatePlanner:
+    """Expected cost of the gates of one generation, as a function of their shift.
+
+    Args:
+        costs: of the routed blocks.
+        records: what the routers said in training.
+        widths: the shares to choose from.
+        kept: tokens that run [T][L], from the token schedule.
+        steps: timesteps.
+        text_tokens: length of the text stream.
+        attended: image tokens that are attended to, if more than those that run.
+        threshold: tau.
+        reuse: (margin, most reuses in a row), or None without reuse.
+        static: whether the records' means decide, instead of each sample's routers.
+    """
+
+    def __init__(
+        self,
+        costs: Sequence[BlockCost],
+        records: GateRecords,
+        widths: Sequence[float],
+        kept: Sequence[Sequence[int]],
+        steps: Sequence[float],
+        text_tokens: int,
+        attended: int | None,
+        threshold: float,
+        reuse: tuple[float, int] | None,
+        static: bool,
+    ) -> None:
+        self.gate, self.width = records.near(steps)
+        self.static, self.threshold, self.reuse = static, threshold, reuse
+        if static:
+            self.gate, self.width = self.gate.mean(1, keepdim=True), self.width.mean(1, keepdim=True)
+        self.gate, self.width = self.gate.double(), self.width.double()  # as the decisions are taken
+        prices = [
+            [
+                [cost.flops(k, text_tokens, share, attended) for share in widths]
+                for cost, k in zip(costs, row, strict=True)
+            ]
+            for row in kept
+        ]
+        self.prices = torch.tensor(prices, dtype=torch.float64)  # [T, L, S]
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.gate)
+
+    @property
+    def least(self) -> float:
+        """The least that the gates can be made to cost."""
+        return float(self.cost_by_step(-_FARTHEST).sum())
+
+    def cost_by_step(self, shift: float) -> Tensor:
+        """Expected FLOPs of the routed blocks at each step [T], for one sample."""
+        moved = self.width + shift * torch.arange(self.width.shape[-1], dtype=torch.float64)
+        chosen = moved.shape[-1] - 1 - moved.flip(-1).argmax(-1)  # ties to the widest
+        prices = self.prices[:, None].expand(*chosen.shape, -1).gather(-1, chosen[..., None]).squeeze(-1)
+        return (prices * self._runs(self.gate + shift)).mean(1).sum(-1)
+
+    def _runs(self, logits: Tensor) -> Tensor:
+        """Expected runs [T, W, L] of blocks with these gate logits: 1, 0, or between where residuals are reused."""
+        dial = Dial(self.threshold)
+        allowed = (logits >= dial.low).double()
+        if self.reuse is None:
+            return allowed
+        margin, most = self.reuse
+        unsure = (logits >= dial.low) & (logits <= dial.high(margin))
+        if not self.static:
+            # A block that stays unsure runs once in (most + 1) steps.
+            return torch.where(unsure, 1.0 / (most + 1), allowed)
+        runs, stored, used = allowed.clone(), torch.zeros_like(allowed[0]).bool(), torch.zeros_like(allowed[0])
+        for step in range(len(allowed)):
+            reused = unsure[step] & stored & (used < most)
+            runs[step] = torch.where(reused, 0.0, allowed[step])
+            ran = runs[step] > 0
+            used = torch.where(ran, 0.0, used + reused)
+            stored |= ran
+        return runs
+
+    def plan(self, shift: float) -> GatePlan:
+        """The gates at this shift."""
+        logits = (self.gate[:, 0].tolist(), self.width[:, 0].tolist()) if self.static else None
+        return GatePlan(Dial(self.threshold, shift), float(self.cost_by_step(shift).sum()), self.steps, logits)
+
+    def solve(self, budget: float) -> GatePlan:
+        """The largest shift whose expected cost is within `budget` FLOPs of the routed blocks, at least `least`."""
+        if budget >= float(self.cost_by_step(_FARTHEST).sum()):
+            return self.plan(_FARTHEST)
+        low, high = -_FARTHEST, _FARTHEST
+        for _ in range(60):
+            middle = (low + high) / 2
+            if float(self.cost_by_step(middle).sum()) <= budget:
+                low = middle
+            else:
+                high = middle
+        return self.plan(low)
+
+    def remaining(self) -> tuple[list[float], list[list[float]]]:
+        """Shifts, ascending, and for each step the expected FLOPs from there to the end at each of them: what a hard cap
+        steers by."""
+        shifts = torch.linspace(-12.0, 12.0, _CAP_STEPS).tolist()
+        costs = torch.stack([self.cost_by_step(shift) for shift in shifts], dim=1)  # [T, shifts]
+        return shifts, costs.flip(0).cumsum(0).flip(0).tolist()

@@ -1,0 +1,103 @@
+"""What block routers said lately, and where a budget puts their thresholds.
+
+Gates are thresholds on probabilities, so what they cost on average is an observation, not a formula. It is made in
+training and travels with the adapter. Shapes: M records, L routed blocks, S widths, T steps of a generation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shivelight.errors import BudgetError
+
+
+def logit(p: float) -> float:
+    """log(p / (1 - p)); infinite from 1 on.
+
+    >>> logit(0.5), logit(1.0)
+    (0.0, inf)
+    """
+    return math.log(p) - math.log1p(-p) if p < 1.0 else math.inf
+
+
+@dataclass(frozen=True)
+class Dial:
+    """Where the gates stand: one shift moves all of them and the widths with them, so that one adapter serves any budget.
+
+    A block runs where sigmoid(gate logit + shift) >= threshold, at the width that is largest in
+    width logits + shift * (0, 1, ..., S - 1); `shift` 0 is where the routers were trained. Compared are the logits, in
+    float64, so that a plan and what carries it out agree to the last bit.
+    """
+
+    threshold: float = 0.5
+    shift: float = 0.0
+
+    @property
+    def low(self) -> float:
+        """The logit of the threshold."""
+        return logit(self.threshold)
+
+    def high(self, margin: float) -> float:
+        """The logit of threshold + margin."""
+        return logit(self.threshold + margin)
+
+
+class GateRecords(nn.Module):
+    """The routers' logits for the last `size` samples of training, with their timesteps; a ring of plain buffers.
+
+    Args:
+        blocks: L.
+        widths: S.
+        size: M.
+    """
+
+    timestep: Tensor
+    gate: Tensor
+    width: Tensor
+    written: Tensor
+
+    def __init__(self, blocks: int, widths: int, size: int = 512) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("timestep", torch.zeros(size))
+        self.register_buffer("gate", torch.zeros(size, blocks))
+        self.register_buffer("width", torch.zeros(size, blocks, widths))
+        self.register_buffer("written", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def filled(self) -> int:
+        """How many records there are."""
+        return min(int(self.written), self.size)
+
+    @torch.no_grad()
+    def add(self, timesteps: Tensor, gate: Tensor, width: Tensor) -> None:
+        """Write B samples over the oldest: timesteps [B] from 0 to 1000, gate [B, L], width [B, L, S]."""
+        places = (self.written + torch.arange(len(timesteps), device=self.written.device)) % self.size
+        self.timestep[places] = timesteps.to(self.timestep)
+        self.gate[places] = gate.to(self.gate)
+        self.width[places] = width.to(self.width)
+        self.written += len(timesteps)
+
+    def near(self, steps: Sequence[float], share: float = 0.125) -> tuple[Tensor, Tensor]:
+        """The share of the records nearest to each timestep: gate logits [T, W, L], width logits [T, W, L, S], fp32, CPU.
+
+        Raises:
+            BudgetError: nothing was recorded.
+        """
+        filled = self.filled
+        if filled == 0:
+            raise BudgetError(
+                "The adapter's block routers have no statistics, so no threshold can be chosen for a budget. Train the "
+                "adapter, or give the threshold itself: set_budget(model, threshold=0.5)."
+            )
+        times = self.timestep[:filled].float().cpu()
+        wanted = torch.tensor(steps, dtype=torch.float32)
+        nearest = (
+            (wanted[:, None] - times).abs().topk(math.ceil(share * filled), dim=1, largest=False, sorted=False).indices
+        )
+        return self.gate[:filled].float().cpu()[nearest], self.width[:filled].float().cpu()[nearest]
