@@ -219,7 +219,7 @@ def summary(model: Any) -> str:
     if blocks is not None:
         lines.append(
             f"blocks: {blocks.router} routers decide by {blocks.decide}, guidance {blocks.cfg_gates}; MLP widths "
-            f"{', '.join(f'{width:g}' for width in blocks.widths)}; {routed.gate_records.filled} records"
+            f"{', '.join(f'{width:g}' for width in blocks.widths)}; {routed.gates.records.filled} records"
         )
     if reuse is not None:
         lines.append(

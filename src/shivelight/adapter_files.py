@@ -91,8 +91,8 @@ def load_adapter(model: Any, source: str | Path, revision: str | None = None) ->
     own = {name: t for name, t in tensors.items() if not name.startswith("deltas.")}
     _check_tensors(own, routed.state_dict(), weights_path)
     routed.load_state_dict(own)
-    if config.blocks is not None:
-        routed.set_orders(backbone, {})
+    if routed.gates is not None:
+        routed.gates.set_orders(backbone, {})
     deltas = _read_deltas(tensors, weights_path)
     if deltas and config.deltas is None:
         raise AdapterError(f"{weights_path} holds DoRA deltas, but {config_path.name} has no delta settings.")

@@ -101,14 +101,14 @@ class Cap:
             self._shift = {key: [self.shifts[self._place(row, self.budget - used)] for used in spent]}
         return self._shift[key]
 
-    def allows(self, call: int, step: int, sample: int, batch: int, flops: float) -> bool:
-        """Whether a sample may still spend this much: half of what the plan has for the later steps stays theirs."""
-        reserved = self.reserved[min(step, len(self.reserved) - 1)]
-        return self._of(call, batch)[sample] + flops <= self.budget - reserved
-
-    def spend(self, call: int, sample: int, batch: int, flops: float) -> None:
-        """Note that it did."""
-        self._of(call, batch)[sample] += flops
+    def spend(self, call: int, step: int, sample: int, batch: int, flops: float) -> bool:
+        """Whether a sample may still spend this much, which is then noted: half of what the plan has for the later steps
+        stays theirs."""
+        spent = self._of(call, batch)
+        if spent[sample] + flops > self.budget - self.reserved[min(step, len(self.reserved) - 1)]:
+            return False
+        spent[sample] += flops
+        return True
 
     def _of(self, call: int, batch: int) -> list[float]:
         spent = self.spent.get(call)

@@ -238,10 +238,10 @@ class BlockHook(ModelHook):
         self, module: nn.Module, call: BlockCall, arguments: dict[str, Any], width: float
     ) -> tuple[Tensor, Tensor | None]:
         """(image, text) of the block's own forward, its MLP narrowed where asked."""
-        forward, narrow = self.fn_ref.original_forward, self.routed.narrow
-        if width == 1.0 or narrow is None:
+        forward, gates = self.fn_ref.original_forward, self.routed.gates
+        if width == 1.0 or gates is None or gates.narrow is None:
             return call.split(forward(**arguments))
-        return call.split(call_narrow(module, narrow.replacements(self.block, width), forward, **arguments))
+        return call.split(call_narrow(module, gates.narrow.replacements(self.block, width), forward, **arguments))
 
     def _train(self, module: nn.Module, call: BlockCall, session: Any) -> Any:
         """The same selection and the same run, with a session's gradients around them."""

@@ -71,6 +71,10 @@ class BlockResiduals:
         for place, sample in enumerate(samples.tolist()):
             self.complete[sample], self.reused[sample] = part.complete[place], part.reused[place]
 
+    def may_serve(self, sample: int, most: int) -> bool:
+        """Whether a sample's residual is there and was used fewer than `most` times in a row."""
+        return self.complete[sample] and self.reused[sample] < most
+
     def add(self, x: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What a block that is left out adds: x + its last residual, for both streams."""
         self.reused = [count + 1 for count in self.reused]

@@ -1,6 +1,5 @@
 """The state of a routed backbone: its routers and policy as one submodule, and what the hooks need to know."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -13,14 +12,13 @@ from shivelight.backbones.spec import BackboneSpec
 from shivelight.config import Reuse, RoutingConfig
 from shivelight.cost import backbone_costs
 from shivelight.errors import BudgetError, ShivelightError, UnsupportedBackboneError
+from shivelight.execution.block_gates import BlockGates
 from shivelight.execution.context import GRID, Clock, StepContext
 from shivelight.execution.folding import Delta, FoldedWeights
-from shivelight.execution.gate_plan import GatePlan, GatePlanner
-from shivelight.execution.gates import Cap, GateWords, Part, Spending, choose_action, choose_width
+from shivelight.execution.gates import Part, Spending
 from shivelight.execution.planning import Budget, Planner, Request
 from shivelight.execution.reuse import BlockResiduals, ResidualCache
-from shivelight.execution.width import NarrowMlps
-from shivelight.routing import BLOCK_ROUTERS, Dial, GateRecords, RatioPolicy, Schedule, TokenRouter
+from shivelight.routing import RatioPolicy, Schedule, TokenRouter
 
 NAME = "shivelight"
 
@@ -71,7 +69,12 @@ class Routed(nn.Module):
             )
         if tokens is not None and tokens.ratios == "policy":
             self.policy = RatioPolicy(len(self.routed), target=tokens.initial_keep, hidden=tokens.policy_width)
-        self._add_gates(model, (width, time_width, condition_width))
+        self.planner = Planner(
+            backbone_costs(model, spec), self.routed, 1 if config.tokens is None else config.tokens.granularity
+        )
+        self.gates = (
+            None if config.blocks is None else BlockGates(model, spec, config.blocks, config.reuse, self.planner)
+        )
         reference = next(model.parameters())
         dtype = reference.dtype if reference.dtype in (torch.float32, torch.float16, torch.bfloat16) else None
         device = None if reference.device.type == "meta" else reference.device
@@ -79,9 +82,7 @@ class Routed(nn.Module):
         self.deltas: dict[str, Delta] = {}
         self.folded: FoldedWeights | None = None
         self.clock = Clock(pipeline, spec.guidance)
-        self.planner = Planner(
-            backbone_costs(model, spec), self.routed, 1 if config.tokens is None else config.tokens.granularity
-        )
+        self.spending = Spending()
         self.budget = Budget("keep", config.keep)
         self.residuals = self._new_residuals()
         self.shape = spec.default_shape(model)
@@ -92,49 +93,6 @@ class Routed(nn.Module):
         self.handles: list[Any] = []
         self.reset_function: Callable[[], None] | None = None
         self._random: dict[tuple[int, int, int], Tensor] = {}
-
-    def _add_gates(self, model: nn.Module, widths: tuple[int, int, int | None]) -> None:
-        """The block routers, their records and the narrow MLPs, where blocks are routed."""
-        config, spec = self.config.blocks, self.spec
-        self.block_router: Any = None
-        self.gate_records: GateRecords | None = None
-        self.narrow: NarrowMlps | None = None
-        self.spending = Spending()
-        self.cap: Cap | None = None
-        if config is None:
-            return
-        options: dict[str, Any] = {"bottleneck": config.bottleneck, "widths": config.widths, "start": config.start}
-        if config.router == "lean":
-            options |= {"modulation_rank": config.modulation_rank, "token_stride": config.token_stride}
-        if len(config.widths) > 1 and spec.mlp is None:
-            raise UnsupportedBackboneError(
-                f"The spec {spec.name!r} names no MLP that can be narrowed; use BlockRouting(widths=(1.0,)), or fill in `mlp`."
-            )
-        self.block_router = BLOCK_ROUTERS[config.router](*widths, self.routed, **options)
-        self.gate_records = GateRecords(len(self.routed), len(config.widths))
-        self.words = GateWords(config)
-        if len(config.widths) > 1 and spec.mlp is not None:
-            blocks = spec.block_list(model)
-            # A plain attribute: the backbone's blocks must not become our submodules. Each block's channel order is ours.
-            for block in self.routed:
-                channels = spec.mlp.channels(blocks[block])
-                self.register_buffer(f"mlp_order_{block}", torch.arange(channels))
-            self.set_orders(model, {})
-
-    def set_orders(self, model: nn.Module, orders: dict[int, Tensor]) -> None:
-        """Rank the MLPs' hidden channels: for some blocks a permutation [H], the most important first; the others stay."""
-        assert self.config.blocks is not None and self.spec.mlp is not None
-        blocks = self.spec.block_list(model)
-        for block, order in orders.items():
-            getattr(self, f"mlp_order_{block}").copy_(order)
-        ranked = {block: getattr(self, f"mlp_order_{block}").cpu() for block in self.routed}
-        natural = {block: torch.equal(order, torch.arange(len(order))) for block, order in ranked.items()}
-        self.narrow = NarrowMlps(
-            {block: blocks[block] for block in self.routed},
-            self.spec.mlp,
-            {block: order for block, order in ranked.items() if not natural[block]},
-            self.config.blocks.widths,
-        )
 
     def __deepcopy__(self, memo: dict) -> NoReturn:
         raise ShivelightError(
@@ -155,8 +113,8 @@ class Routed(nn.Module):
             self._forget()
         if context.generation != generation or context.steps is None:
             self.spending = Spending()
-        if self.config.blocks is not None:
-            self.words.begin(context)
+        if self.gates is not None:
+            self.gates.begin(context)
 
     def reset(self) -> None:
         """The next pass starts from nothing."""
@@ -166,11 +124,8 @@ class Routed(nn.Module):
     def _forget(self) -> None:
         """Drop what belongs to one generation."""
         self.residuals.clear()
-        self.cap = None
-        if self.config.blocks is not None:
-            self.words.clear()
-        if self.narrow is not None:
-            self.narrow.forget()
+        if self.gates is not None:
+            self.gates.clear()
 
     @property
     def reuses(self) -> bool:
@@ -287,62 +242,12 @@ class Routed(nn.Module):
     ) -> float:
         """Planned FLOPs of a generation of these timesteps over those of the dense blocks; with gates, as expected."""
         request = self.request(steps, tokens, text_tokens, budget)
-        plan = self.gate_plan(request, budget)
+        schedule = self.schedule(request)
+        plan = None if self.gates is None else self.gates.plan(request, budget or self.budget, schedule.keep)
         if plan is None or plan.cost is None:
-            return self.planner.planned_ratio(self.schedule(request), request)
+            return self.planner.planned_ratio(schedule, request)
         dense, always = self.planner.dense_flops(tokens, text_tokens)
         return (always + plan.cost / plan.steps) / dense
-
-    def gate_plan(self, request: Request, budget: Budget | None = None) -> GatePlan | None:
-        """Where the gates stand in a generation with this request, or None where every block runs."""
-        blocks, budget = self.config.blocks, budget or self.budget
-        if blocks is None or budget.everything or (budget.kind == "keep" and budget.threshold is None):
-            return None
-        return self.planner.once(
-            (budget, request, blocks, self.config.reuse), lambda: self._plan_gates(request, budget)
-        )
-
-    def _plan_gates(self, request: Request, budget: Budget) -> GatePlan:
-        blocks, records = self.config.blocks, self.gate_records
-        assert blocks is not None and records is not None
-        if budget.threshold is not None and records.filled == 0 and blocks.decide != "static":
-            return GatePlan(Dial(budget.threshold), None, 1)
-        planner = self._gate_planner(request, budget)
-        if budget.threshold is not None:
-            return planner.plan(0.0)
-        return planner.solve(self._left_to_gates(planner, request, budget))
-
-    def _gate_planner(self, request: Request, budget: Budget) -> GatePlanner:
-        blocks, records, reuse = self.config.blocks, self.gate_records, self.config.reuse
-        assert blocks is not None and records is not None
-        kept = self.schedule(request).keep
-        # A bare transformer has no steps; its expectation is over evenly spread timesteps.
-        places = range(len(kept)) if request.steps is not GRID else range(9, len(kept), 20)
-        return GatePlanner(
-            [self.planner.costs[block] for block in self.routed],
-            records,
-            blocks.widths,
-            [kept[place] for place in places],
-            [request.steps[place] for place in places],
-            request.text_tokens,
-            request.attended,
-            budget.threshold or blocks.threshold,
-            None if reuse is None or request.steps is GRID else (reuse.margin, reuse.max_reuses),
-            blocks.decide == "static",
-        )
-
-    def _left_to_gates(self, planner: GatePlanner, request: Request, budget: Budget) -> float:
-        """FLOPs that routed blocks may take in a generation, over all steps of the planner."""
-        dense, always = self.planner.dense_flops(request.tokens, request.text_tokens)
-        left = (budget.value * dense - always) * planner.steps
-        if left < planner.least:
-            nearest = math.ceil(1e4 * (always + planner.least / planner.steps) / dense) / 1e4
-            raise BudgetError(
-                f"compute={budget.value} cannot be reached: the blocks that are never routed take {always / dense:.4f} of the "
-                f"dense FLOPs. The nearest is compute={nearest}.",
-                nearest=nearest,
-            )
-        return left
 
     def decide(self, block: int, x: Tensor, text: Tensor | None) -> tuple[Part, ...]:
         """What a block does now with image tokens x [B, N, D] and text tokens [B, M, D]: one part where all samples agree,
@@ -351,89 +256,42 @@ class Routed(nn.Module):
         text_tokens = 0 if text is None else text.shape[1]
         counts = self.kept_counts(block, batch, tokens, text_tokens)
         request = self.request(self.context.steps or GRID, tokens, text_tokens)
-        plan = None if self.config.blocks is None else self.gate_plan(request)
-        if plan is None:
-            parts = tuple(Part("run", k) for k in counts)
-        else:
-            parts = self._gated(block, x, text, counts * (batch // len(counts)), plan, request)
+        parts = tuple(Part("run", k) for k in counts)
+        if self.gates is not None:
+            kept = self.schedule(request).keep
+            plan = self.gates.plan(request, self.budget, kept)
+            if plan is not None:
+                parts = self.gates.decide(
+                    block,
+                    counts * (batch // len(counts)),
+                    plan,
+                    self.context,
+                    self.residuals.find((self.context.call, block), x, text) if self.reuses else None,
+                    self.gates.hard_bound(request, self.budget, kept),
+                    lambda block, first: self.read_gates(block, x[first:], text, first),
+                    request,
+                )
         self._account(block, parts if len(parts) == batch else parts * batch, request)
         return parts[:1] if len(set(parts)) == 1 else parts
 
-    def _gated(
-        self, block: int, x: Tensor, text: Tensor | None, counts: tuple[int, ...], plan: GatePlan, request: Request
-    ) -> tuple[Part, ...]:
-        blocks, context, reuse = self.config.blocks, self.context, self.config.reuse
-        assert blocks is not None
-        batch = len(x)
-        words = self._words(block, x, text, plan)
-        if words is None:
-            return tuple(Part("run", k) for k in counts)
-        entry = self.residuals.find((context.call, block), x, text) if self.reuses else None
-        cap = self._cap(request)
-        shifts = None if cap is None else cap.shift(context.call, context.step, batch)
-        parts = []
-        for sample, word in enumerate(words):
-            dial = plan.dial if shifts is None else Dial(plan.dial.threshold, shifts[sample])
-            width = choose_width(word, dial, blocks.widths)
-            may_reuse = entry is not None and reuse is not None and entry.complete[sample]
-            may_reuse = may_reuse and entry.reused[sample] < reuse.max_reuses  # type: ignore[union-attr]
-            action = choose_action(word[0], dial, 0.0 if reuse is None else reuse.margin, may_reuse)
-            if cap is not None and action == "run":
-                flops = self._flops(block, Part("run", counts[sample], width), request)
-                if cap.allows(context.call, context.step, sample, batch, flops):
-                    cap.spend(context.call, sample, batch, flops)
-                else:
-                    action = "reuse" if may_reuse else "skip"
-            parts.append(Part(action, counts[sample], width) if action == "run" else Part(action, 0))
-        return tuple(parts)
-
-    def _words(self, block: int, x: Tensor, text: Tensor | None, plan: GatePlan) -> list[list[float]] | None:
-        """The routers' word on every sample of the batch, or None where nothing is known yet."""
-        blocks, context, batch = self.config.blocks, self.context, len(x)
-        assert blocks is not None
-        if plan.logits is not None:
-            gate, width = plan.logits
-            place = block - self.routed[0]
-            if context.steps is not None:
-                return [[gate[context.step][place], *width[context.step][place]]] * batch
-            times = [] if context.timestep is None else context.timestep.detach().reshape(-1).float().tolist()
-            rows = [min(max(round(t * self.spec.timestep_scale - 10) // 20, 0), len(gate) - 1) for t in times]
-            rows = rows if len(rows) == batch else rows[:1] * batch
-            return [[gate[row][place], *width[row][place]] for row in rows]
-        half = batch // 2 if context.branch == "both" and blocks.cfg_gates == "cond" else 0
-        words = self.words.of(block, context, lambda: self._read_router(block, x[half:], text, half))
-        return words if words is None or not half else [*words, *words]
-
-    def _read_router(self, block: int, x: Tensor, text: Tensor | None, first: int) -> Tensor:
-        """Gate and width logits [B, 1 + S] of x [B, N, D], the samples of the batch from `first` on."""
+    def read_gates(self, block: int, x: Tensor, text: Tensor | None, first: int = 0) -> Tensor:
+        """Gate and width logits [b, 1 + S] of x [b, N, D], the samples of the batch from `first` on."""
+        assert self.gates is not None
         time, condition = self._embeddings(len(x), slice(first, None))
-        logits = self.block_router(block, x, time, condition, None if text is None else text[first:])
+        logits = self.gates.router(block, x, time, condition, None if text is None else text[first:])
         return torch.cat([logits.gate[:, None], logits.width], dim=1)
-
-    def _cap(self, request: Request) -> Cap | None:
-        """The hard bound on this generation, where one was asked for."""
-        if not self.budget.cap or self.context.steps is None:
-            return None
-        if self.cap is None:
-            planner = self._gate_planner(request, self.budget)
-            shifts, remaining = planner.remaining()
-            self.cap = Cap(self._left_to_gates(planner, request, self.budget), shifts, remaining)
-        return self.cap
-
-    def _flops(self, block: int, part: Part, request: Request) -> float:
-        return self.planner.costs[block].flops(part.tokens, request.text_tokens, part.width, request.attended)
 
     def _account(self, block: int, parts: tuple[Part, ...], request: Request) -> None:
         """Add to the generation's spending."""
-        spending = self.spending
         if block == self.routed[0]:
             dense, always = self.planner.dense_flops(request.tokens, request.text_tokens)
-            spending.dense += dense * len(parts)
-            spending.flops += always * len(parts)
+            self.spending.dense += dense * len(parts)
+            self.spending.flops += always * len(parts)
+        cost = self.planner.costs[block]
         for part in parts:
-            spending.actions[part.action] += 1
+            self.spending.actions[part.action] += 1
             if part.action == "run":
-                spending.flops += self._flops(block, part, request)
+                self.spending.flops += cost.flops(part.tokens, request.text_tokens, part.width, request.attended)
 
     def kept_counts(self, block: int, batch: int, tokens: int, text_tokens: int) -> tuple[int, ...]:
         """How many tokens each sample keeps in this block now: one number where all agree, else one for each sample."""
