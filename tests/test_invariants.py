@@ -152,7 +152,7 @@ def test_2_train_mode_selects_what_inference_selects(
 ) -> None:
     model = route(pipe.transformer, keep=keep)
     routed, call, chosen = model.shivelight, inputs(3, times), {}
-    routed.observer = lambda block, x, out, kept: chosen.__setitem__(block, kept)
+    routed.observer = lambda block, x, out, kept, text: chosen.__setitem__(block, kept)
     expected = run(model, call)
     table = sl.current_schedule(model)
     counts = {
@@ -309,7 +309,7 @@ def followed(pipe: Any, generate: Callable[[], object]) -> list[list[int]]:
     """What a generation really kept: one row for each call of the backbone."""
     routed, seen = pipe.transformer.shivelight, []
 
-    def note(block: int, x: Tensor, out: Tensor, kept: Tensor | None) -> None:
+    def note(block: int, x: Tensor, out: Tensor, kept: Tensor | None, text: Any) -> None:
         if block == routed.routed[0]:
             seen.append([])
         seen[-1].append(x.shape[1] if kept is None else kept.shape[1])

@@ -1,5 +1,6 @@
 """What is attached to a backbone: plain, validated dataclasses with a JSON round trip."""
 
+import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -214,8 +215,8 @@ class RoutingConfig:
         return cls(TokenRouting(scores="drift", ratios="fixed"), reuse=Reuse(**reuse), keep=keep)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict; `from_dict` reads it back."""
-        return asdict(self)
+        """The dict that its JSON reads as (lists, no tuples); `from_dict` reads it back."""
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "RoutingConfig":

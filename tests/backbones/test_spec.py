@@ -151,7 +151,7 @@ def test_a_users_own_backbone_is_routed_by_its_spec() -> None:
     sl.set_budget(model, keep=0.5)
 
     seen: dict[int, torch.Tensor] = {}
-    model.shivelight.observer = lambda block, x, out, kept: seen.__setitem__(block, kept)
+    model.shivelight.observer = lambda block, x, out, kept, text: seen.__setitem__(block, kept)
     routed = model(x, time, places)
     # By hand: the kept rows of every block, with their own rows of `places`.
     by_hand, emb = x, model.embed_time(time[:, None])
@@ -171,7 +171,7 @@ def test_timesteps_from_0_to_1_are_read_on_the_same_grid() -> None:
         model.shivelight.policy.time_out.normal_()
     sl.set_budget(model, keep=0.5)
     counts = []
-    model.shivelight.observer = lambda block, x, out, kept: counts.append(
+    model.shivelight.observer = lambda block, x, out, kept, text: counts.append(
         out.shape[1] if kept is None else kept.shape[1]
     )
     for time in (0.05, 0.95):

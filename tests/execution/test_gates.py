@@ -27,7 +27,7 @@ def gated(pipe: StableDiffusion3Pipeline, reuse: sl.Reuse | None = None, tokens:
     said: dict[int, list[Tensor]] = {block: [] for block in routed.routed}
     times = []
 
-    def listen(block: int, x: Tensor, out: Tensor, kept: Tensor | None) -> None:
+    def listen(block: int, x: Tensor, out: Tensor, kept: Tensor | None, text: Any) -> None:
         said[block].append(routed.read_gates(block, x, None))
         if block == routed.routed[0]:
             times.append(routed.context.timestep.expand(len(x)))
@@ -181,7 +181,7 @@ def test_reuse_adds_the_last_residual_at_most_k_times_in_a_row(pipe: StableDiffu
     residuals: dict[int, Tensor] = {}
     seen = watch(routed)
 
-    def check(block: int, x: Tensor, out: Tensor, kept: Tensor | None) -> None:
+    def check(block: int, x: Tensor, out: Tensor, kept: Tensor | None, text: Any) -> None:
         if seen[routed.context.step, block][0].action == "run":
             residuals[block] = out - x
         else:

@@ -143,7 +143,9 @@ def test_random_scores_depend_on_seed_block_and_step_alone(pipe: StableDiffusion
         sl.attach(pipe, sl.RoutingConfig(tokens=sl.TokenRouting(scores="random", ratios="fixed", seed=seed)))
         sl.set_budget(pipe, keep=0.5)
         routed, seen = pipe.transformer.shivelight, {}
-        routed.observer = lambda block, x, out, kept: seen.__setitem__((routed.context.step, block), kept.tolist())
+        routed.observer = lambda block, x, out, kept, text: seen.__setitem__(
+            (routed.context.step, block), kept.tolist()
+        )
         sample(pipe, prompts, steps=2)
         return seen
 

@@ -154,7 +154,7 @@ def test_residuals_that_grew_too_old_are_not_used(pipe: StableDiffusion3Pipeline
     pipe._guidance_scale = 0.0
     free(pipe, 0.4, warmup=0.1, max_age=1)
     seen = {}
-    routed_of(pipe).observer = lambda block, x, out, kept: seen.update(
+    routed_of(pipe).observer = lambda block, x, out, kept, text: seen.update(
         {(block, routed_of(pipe).context.step): (x, out, kept)}
     )
     step_through(pipe, still(), 10)

@@ -190,7 +190,7 @@ def test_selection_in_training_without_noise_is_that_of_inference(pipe, sample) 
         routed = routed_of(pipe.transformer)
         sl.set_budget(pipe.transformer, keep=0.5)
         seen: dict[int, torch.Tensor] = {}
-        routed.observer = lambda block, x, out, kept: seen.update({block: kept})
+        routed.observer = lambda block, x, out, kept, text: seen.update({block: kept})
         half = {k: v for k, v in arguments.items() if k != "return_dict"}
         routed.clock._pipeline = None
         dense = TeacherRecord(())

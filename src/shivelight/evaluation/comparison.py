@@ -271,7 +271,7 @@ class KeptTokens:
         self.routed, self.sample = routed, sample
         self.masks: dict[tuple[int, int], Tensor] = {}
 
-    def __call__(self, block: int, x: Tensor, out: Tensor, kept: Tensor | None) -> None:
+    def __call__(self, block: int, x: Tensor, out: Tensor, kept: Tensor | None, text: Any) -> None:
         """Note the mask [N] of kept tokens."""
         mask = torch.ones(x.shape[1], dtype=torch.bool)
         if kept is not None:

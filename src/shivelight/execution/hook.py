@@ -1,6 +1,6 @@
 """The hooks: the root notes where we are, two listeners catch the embeddings, and each block runs on its kept tokens."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.hooks import ModelHook
@@ -12,7 +12,7 @@ from shivelight.execution.gates import Part
 from shivelight.execution.reuse import BlockResiduals
 from shivelight.execution.routed import Routed
 from shivelight.execution.tokens import gather_tokens, merge_samples, take_samples, write_back
-from shivelight.execution.width import call_narrow
+from shivelight.execution.width import call_narrow, masked_channels
 from shivelight.routing import token_mask, top_k_indices
 
 
@@ -105,6 +105,22 @@ class BlockCall:
         return tuple(named[name] for name in self.spec.returns)
 
 
+class Selection(NamedTuple):
+    """What goes with the samples of a batch into their runs.
+
+    Attributes:
+        scores: [B, N] to select tokens by; None where nothing is selected.
+        masks: [B, H] on the MLP's hidden channels, while widths are trained; None where the MLP runs as it is.
+    """
+
+    scores: Tensor | None = None
+    masks: Tensor | None = None
+
+    def take(self, samples: Tensor) -> "Selection":
+        """Of some samples."""
+        return Selection(*(None if values is None else values.index_select(0, samples) for values in self))
+
+
 class BlockHook(ModelHook):
     """On a routed block: asks what to do now, and runs the block's own forward on what is to run."""
 
@@ -120,21 +136,26 @@ class BlockHook(ModelHook):
         if not routed.enabled:
             output = self.fn_ref.original_forward(*args, **kwargs)
             if routed.observer is not None:
-                routed.observer(self.block, x, call.split(output)[0], None)
+                self._show(call, *call.split(output), None)
             return output
-        if routed.session is not None:
-            return self._train(module, call, routed.session)
+        if routed.session is not None or routed.gate_session is not None:
+            return self._train(module, call)
         parts = routed.decide(self.block, x, call.text)
         scores = self._scores_for(x, parts)  # before the entry: a new one would have nothing to rank by
         entry = None
         if routed.reuses:
             text = call.text if routed.config.blocks is not None else None
             entry = routed.residuals.enter((routed.context.call, self.block), x, text)
-        image, text, indices = self._route(module, call, parts, scores, entry)
+        image, text, indices = self._route(module, call, parts, Selection(scores), entry)
         routed.residuals.trim()
         if routed.observer is not None:
-            routed.observer(self.block, x, image, indices)
+            self._show(call, image, text, indices)
         return call.join(image, text)
+
+    def _show(self, call: BlockCall, image: Tensor, text: Tensor | None, indices: Tensor | None) -> None:
+        assert self.routed.observer is not None
+        texts = None if text is None or call.text is None else (call.text, text)
+        self.routed.observer(self.block, call.image, image, indices, texts)
 
     def _scores_for(self, x: Tensor, parts: tuple[Part, ...]) -> Tensor | None:
         """Scores [B, N] to select by; None where no sample selects."""
@@ -184,13 +205,13 @@ class BlockHook(ModelHook):
         module: nn.Module,
         call: BlockCall,
         parts: tuple[Part, ...],
-        scores: Tensor | None,
+        selection: Selection,
         entry: BlockResiduals | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(image, text, indices of the tokens that ran, None where samples differ or all ran): samples that do the same are
         one real, smaller run."""
         if len(parts) == 1:
-            return self._run_part(module, call, parts[0], scores, entry)
+            return self._run_part(module, call, parts[0], selection, entry)
         batch = len(parts)
         groups, images, texts = [], [], []
         for part in sorted(set(parts), key=lambda part: (part.action, part.tokens, part.width)):
@@ -198,9 +219,7 @@ class BlockHook(ModelHook):
             arguments = call.arguments if part.action == "run" else call.streams
             inner = BlockCall(call.spec, (), take_samples(arguments, samples, batch))  # type: ignore[arg-type]
             own = None if entry is None else entry.take(samples)
-            image, text, _ = self._run_part(
-                module, inner, part, None if scores is None else scores.index_select(0, samples), own
-            )
+            image, text, _ = self._run_part(module, inner, part, selection.take(samples), own)
             if entry is not None and own is not None:
                 entry.put(samples, own)
             groups.append(samples)
@@ -211,7 +230,7 @@ class BlockHook(ModelHook):
         return merged, merge_samples(texts, groups), None
 
     def _run_part(
-        self, module: nn.Module, call: BlockCall, part: Part, scores: Tensor | None, entry: BlockResiduals | None
+        self, module: nn.Module, call: BlockCall, part: Part, selection: Selection, entry: BlockResiduals | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(image, text, indices) of samples that all do the same."""
         x = call.image
@@ -222,40 +241,63 @@ class BlockHook(ModelHook):
             return *entry.add(x, call.text), None
         indices = None
         if part.tokens < x.shape[1]:  # a permuted k = N is not bit-identical, so nothing is gathered there
-            assert scores is not None
-            indices = top_k_indices(scores, part.tokens)
+            assert selection.scores is not None
+            indices = top_k_indices(selection.scores, part.tokens)
         if entry is None:
-            image, text = self._run(module, call, call.on_tokens(x, indices), part.width)
+            image, text = self._run(module, call, call.on_tokens(x, indices), part.width, selection.masks)
             return (image if indices is None else write_back(x, indices, image)), text, indices
         with self.routed.remembering(self.block, module, entry, indices):
-            image, text = self._run(module, call, call.on_tokens(x, indices), part.width)
+            image, text = self._run(module, call, call.on_tokens(x, indices), part.width, selection.masks)
         reuse = self.routed.config.reuse
         assert reuse is not None
         entry.update_text(call.text, text)
         return entry.update(x, indices, image, self.routed.context.step, reuse.max_age), text, indices
 
     def _run(
-        self, module: nn.Module, call: BlockCall, arguments: dict[str, Any], width: float
+        self, module: nn.Module, call: BlockCall, arguments: dict[str, Any], width: float, masks: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """(image, text) of the block's own forward, its MLP narrowed where asked."""
+        if masks is not None and call.spec.mlp is not None:
+            with masked_channels(module, call.spec.mlp, masks):
+                return call.split(self.fn_ref.original_forward(**arguments))
         forward, gates = self.fn_ref.original_forward, self.routed.gates
         if width == 1.0 or gates is None or gates.narrow is None:
             return call.split(forward(**arguments))
         return call.split(call_narrow(module, gates.narrow.replacements(self.block, width), forward, **arguments))
 
-    def _train(self, module: nn.Module, call: BlockCall, session: Any) -> Any:
-        """The same selection and the same run, with a session's gradients around them."""
-        x = call.image
-        tokens = x.shape[1]
-        scores, counts = session.decide(self.block, self.routed.scores(self.block, x))
-        counts = counts[:1] if len(set(counts)) == 1 else counts
-        if len(counts) == 1:
-            kept = token_mask(top_k_indices(scores, counts[0]), tokens)
-        else:
-            kept = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-            for sample, k in enumerate(counts):
-                kept[sample, top_k_indices(scores[sample : sample + 1], k)[0]] = True
-        entered = session.enter(self.block, x, kept)
+    def _train(self, module: nn.Module, call: BlockCall) -> Any:
+        """The same selection and the same run, with the sessions' gradients around them."""
+        routed, x = self.routed, call.image
+        session, gating = routed.session, routed.gate_session
+        batch, tokens = x.shape[:2]
+        runs: tuple[bool, ...] = (True,) * batch
+        counts: tuple[int, ...] = (tokens,)
+        masks, scores = None, None
+        if gating is not None:
+            runs, masks = gating.choose(self.block, routed.read_gates(self.block, x, call.text))
+        entered, kept = x, None
+        if session is not None:
+            scores, counts = session.decide(self.block, routed.scores(self.block, x))
+            # A sample that skips the block says nothing about its tokens.
+            kept = self._mask_of(scores, counts, tokens) | ~torch.tensor(runs, device=x.device)[:, None]
+            entered = session.enter(self.block, x, kept)
         inner = BlockCall(call.spec, (), call.arguments | {call.spec.image_argument: entered})
-        image, text, _ = self._route(module, inner, tuple(Part("run", k) for k in counts), scores, None)
-        return call.join(session.leave(self.block, entered, image, kept), text)
+        parts = tuple(
+            Part("run", k) if run else Part("skip", 0)
+            for run, k in zip(runs, counts * (batch // len(counts)), strict=True)
+        )
+        parts = parts[:1] if len(set(parts)) == 1 else parts
+        image, text, _ = self._route(module, inner, parts, Selection(scores, masks), None)
+        if session is not None and kept is not None:
+            image = session.leave(self.block, entered, image, kept)
+        if gating is not None:
+            image, text = gating.leave(self.block, (entered, call.text), (image, text))
+        return call.join(image, text)
+
+    @staticmethod
+    def _mask_of(scores: Tensor, counts: tuple[int, ...], tokens: int) -> Tensor:
+        """Mask [B, N] of the tokens that are kept."""
+        if len(set(counts)) == 1:
+            return token_mask(top_k_indices(scores, counts[0]), tokens)
+        each = [top_k_indices(scores[sample : sample + 1], k) for sample, k in enumerate(counts)]
+        return torch.cat([token_mask(indices, tokens) for indices in each])

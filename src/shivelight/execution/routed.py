@@ -39,8 +39,23 @@ class Session(Protocol):
 class Observer(Protocol):
     """Sees what every routed block does, without changing it."""
 
-    def __call__(self, block: int, x: Tensor, out: Tensor, kept: Tensor | None) -> None:
-        """Input and output [B, N, D] of a block; indices [B, k] of the tokens it ran, None for all (or several k)."""
+    def __call__(
+        self, block: int, x: Tensor, out: Tensor, kept: Tensor | None, text: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Input and output [B, N, D] of a block; indices [B, k] of the tokens it ran, None for all (or several k); text tokens
+        [B, M, D] before and after, None where it returns none."""
+
+
+class GateSession(Protocol):
+    """What training puts into the forward pass of block routing; see `training/session.py`."""
+
+    def choose(self, block: int, logits: Tensor) -> tuple[tuple[bool, ...], Tensor | None]:
+        """From gate and width logits [B, 1 + S]: whether each sample runs, and a mask [B, H] of the MLP's channels."""
+
+    def leave(
+        self, block: int, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Both streams that leave the block, given those that entered it and those that came out."""
 
 
 class Routed(nn.Module):
@@ -89,6 +104,7 @@ class Routed(nn.Module):
         self.shape_seen = False
         self.enabled = True
         self.session: Session | None = None
+        self.gate_session: GateSession | None = None
         self.observer: Observer | None = None
         self.handles: list[Any] = []
         self.reset_function: Callable[[], None] | None = None

@@ -7,7 +7,8 @@ changed: slices are gathered from them into copies, which `torch.func.functional
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -238,6 +239,28 @@ def call_narrow(
     named = {f"block.{name}": tensor for name, tensor in replacements.items()}
     # Nothing is tied inside an MLP, and looking for ties would walk all parameters at each call.
     return functional_call(_OwnForward(block, forward), named, args, kwargs, tie_weights=False)
+
+
+@contextmanager
+def masked_channels(block: nn.Module, mlp: Mlp, mask: Tensor) -> Iterator[None]:
+    """While the block runs, its MLP's hidden channels are multiplied by `mask` [B, H]: how widths are trained.
+
+    The mask reaches the down-projection's last H inputs; what FLUX's single blocks put before them stays.
+    """
+    offset = mlp.offset(block)
+
+    def narrow(module: nn.Module, args: tuple) -> tuple:
+        hidden = args[0]
+        factors = mask.to(hidden.dtype)[:, None]
+        if offset:
+            factors = torch.cat([factors.new_ones(len(mask), 1, offset), factors], dim=-1)
+        return (hidden * factors, *args[1:])
+
+    handle = block.get_submodule(mlp.down).register_forward_pre_hook(narrow)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _rows(tensor: Tensor, order: Tensor | None, count: int, halves: int) -> Tensor:

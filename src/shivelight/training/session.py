@@ -1,4 +1,4 @@
-"""One routed training pass: which tokens run, and the gradients around that choice."""
+"""One routed training pass: which tokens and blocks run, and the gradients around those choices."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shivelight.routing import count_unit, keep_count
+from shivelight.routing import GateLogits, count_unit, gate_probability, keep_count, width_choice
 from shivelight.training.estimators import (
     apply_input_estimator,
     apply_residual_estimator,
@@ -14,6 +14,7 @@ from shivelight.training.estimators import (
     perturb,
     soft_rank,
 )
+from shivelight.training.gates import apply_gate, expected_width, straight_through_gate, width_mask
 
 EstimatorName = Literal["input", "residual"]
 
@@ -25,16 +26,22 @@ class TeacherRecord:
     Attributes:
         features_at: blocks whose outputs are compared with the student's.
         residuals: per routed block [B, N, D], what the dense block added to each token.
+        text_residuals: per routed block [B, M, D], likewise for the text tokens, where it returns them.
         features: per chosen block [B, N, D].
     """
 
     features_at: tuple[int, ...]
     residuals: dict[int, Tensor] = field(default_factory=dict)
+    text_residuals: dict[int, Tensor] = field(default_factory=dict)
     features: dict[int, Tensor] = field(default_factory=dict)
 
-    def __call__(self, block: int, x: Tensor, out: Tensor, kept: Tensor | None) -> None:
-        """Keep the block's residual, and its output where it is compared."""
+    def __call__(
+        self, block: int, x: Tensor, out: Tensor, kept: Tensor | None, text: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Keep the block's residuals, and its output where it is compared."""
         self.residuals[block] = out - x
+        if text is not None:
+            self.text_residuals[block] = text[1] - text[0]
         if block in self.features_at:
             self.features[block] = out
 
@@ -99,3 +106,77 @@ class TokenSession:
         if block in self.teacher.features_at:
             self.features[block] = out
         return out
+
+
+@dataclass
+class BlockSession:
+    """A `GateSession` (see execution/routed.py) for one pass of the student.
+
+    Attributes:
+        teacher: the dense pass on the same input: a sample that skips a block needs no second run to know what it missed.
+        widths: shares of the MLP to choose from.
+        orders: per routed block [H], its MLP's channels from the most to the least important.
+        threshold: tau.
+        shift: of the dial, added to gate and width logits (see `routing.Dial`).
+        said: per routed block, the router's logits, with their gradients.
+        features: the student's outputs of the blocks that are compared.
+    """
+
+    teacher: TeacherRecord
+    widths: tuple[float, ...]
+    orders: dict[int, Tensor] = field(default_factory=dict)
+    threshold: float = 0.5
+    shift: float = 0.0
+    said: dict[int, GateLogits] = field(default_factory=dict)
+    features: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._gates: dict[int, Tensor] = {}
+
+    def choose(self, block: int, logits: Tensor) -> tuple[tuple[bool, ...], Tensor | None]:
+        """Gate and width mask with their straight-through gradients."""
+        places = torch.arange(len(self.widths), device=logits.device)
+        said = GateLogits(logits[:, 0] + self.shift, logits[:, 1:] + self.shift * places)
+        self.said[block] = said
+        gate = straight_through_gate(gate_probability(said.gate), self.threshold)
+        self._gates[block] = gate
+        mask = None
+        if len(self.widths) > 1:
+            order = self.orders[block]
+            mask = width_mask(said.width, self.widths, len(order), order)
+        return tuple((gate.detach() > 0.5).tolist()), mask
+
+    def leave(
+        self, block: int, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """x + g (Block(x) - x) on both streams; for samples that skip the block, the teacher's residual says what it is."""
+        gate = self._gates[block]
+        image = self._gated(before[0], after[0], gate, self.teacher.residuals[block])
+        text = after[1]
+        if text is not None and before[1] is not None and block in self.teacher.text_residuals:
+            text = self._gated(before[1], text, gate, self.teacher.text_residuals[block])
+        if block in self.teacher.features_at:
+            self.features[block] = image
+        return image, text
+
+    @staticmethod
+    def _gated(x: Tensor, out: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
+        ran = (gate.detach() > 0.5)[:, None, None]
+        return apply_gate(x, torch.where(ran, out, x + residual.to(x.dtype)), gate)
+
+    def probabilities(self) -> Tensor:
+        """[L, B], of running."""
+        return torch.stack([gate_probability(said.gate) for said in self.said.values()])
+
+    def width_ratios(self) -> Tensor:
+        """[L, B], expected shares of the MLPs."""
+        return torch.stack([expected_width(said.width, self.widths) for said in self.said.values()])
+
+    def ran(self) -> Tensor:
+        """[L, B] bool."""
+        return torch.stack([gate.detach() > 0.5 for gate in self._gates.values()])
+
+    def chosen_widths(self) -> Tensor:
+        """[L, B], shares of the MLPs that were chosen."""
+        shares = torch.tensor(self.widths, device=next(iter(self._gates.values())).device)
+        return torch.stack([shares[width_choice(said.width.detach())] for said in self.said.values()])

@@ -27,6 +27,9 @@ class TrainingConfig:
         keep_low, keep_high: range of the sampled keep ratios.
         target: mean keep ratio of the budget loss.
         budget_weight: weight of the budget loss.
+        gate_target, width_target: rho_g and rho_w, mean probability of running a block and mean share of its MLP.
+        gate_weight: weight of both losses on them (lambda; 1 in the paper).
+        rank_batches: batches by which the MLPs' channels are ranked before the first step; 0 keeps their own order.
         score_noise: standard deviation of the noise on the scores while routers train alone (stages 1 and 2).
         logit_noise: standard deviation of the noise on the policy's logits (stage 2).
         rank_temperature, selection_temperature: (start, end) of the annealing, which begins after stage 1.
@@ -57,6 +60,10 @@ class TrainingConfig:
     keep_high: float = 0.95
     target: float = 0.6
     budget_weight: float = 1.0
+    gate_target: float = 0.6
+    width_target: float = 0.75
+    gate_weight: float = 1.0
+    rank_batches: int = 8
     score_noise: float = 0.1
     logit_noise: float = 1.0
     rank_temperature: tuple[float, float] = (0.2, 0.05)
@@ -82,6 +89,9 @@ class TrainingConfig:
             0 < self.keep_low <= self.keep_high <= 1,
             f"keep_low is {self.keep_low} and keep_high {self.keep_high}; give 0 < keep_low <= keep_high <= 1.",
         )
+        for name in ("gate_target", "width_target"):
+            _require(0 < getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; give a share in (0, 1].")
+        _require(self.rank_batches >= 0, f"rank_batches is {self.rank_batches}; give 0 or more.")
         _require(0 < self.target < 1, f"target is {self.target}; give a keep ratio in (0, 1).")
         _require(0 <= self.caption_drop < 1, f"caption_drop is {self.caption_drop}; give a share in [0, 1).")
         _require(self.estimator in ("residual", "input"), f"estimator is {self.estimator!r}; residual or input.")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from shivelight.adapter import attach, backbone_of, detach, routed_of
@@ -27,6 +28,7 @@ from shivelight.training import checkpoints
 from shivelight.training.data import LatentCache, Sample
 from shivelight.training.deltas import LiveDeltas
 from shivelight.training.estimators import anneal
+from shivelight.training.gates import gate_loss, width_loss
 from shivelight.training.losses import (
     BudgetLoss,
     feature_distillation,
@@ -36,7 +38,8 @@ from shivelight.training.losses import (
     stratified_ratios,
     stratified_uniform,
 )
-from shivelight.training.session import TeacherRecord, TokenSession
+from shivelight.training.ranking import rank_channels
+from shivelight.training.session import BlockSession, TeacherRecord, TokenSession
 from shivelight.training.stages import StageName, TrainingConfig
 
 
@@ -72,8 +75,6 @@ class Trainer:
         out: Path,
         accelerator: Accelerator | None = None,
     ) -> None:
-        if config.joint_steps and routing.deltas is None and routing.tokens is None:
-            raise TrainingError("There is nothing to train: RoutingConfig has neither tokens nor deltas.")
         if routing.tokens is not None and routing.tokens.scores != "learned":
             raise TrainingError(f"scores={routing.tokens.scores!r} have nothing to train; use scores='learned'.")
         self.pipe, self.config, self.cache, self.out = pipe, config, cache, out
@@ -104,8 +105,19 @@ class Trainer:
         named = dict(self.routed.named_parameters())
         return named | (dict(self.deltas.named_parameters()) if self.deltas is not None else {})
 
+    def _named_buffers(self) -> dict[str, Tensor]:
+        """What else a checkpoint holds: the average of the budget loss, the routers' records and the channel orders."""
+        return {f"budget_loss.{name}": b for name, b in self.budget_loss.named_buffers()} | dict(
+            self.routed.named_buffers()
+        )
+
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        rates = {"router": self.config.lr_router, "policy": self.config.lr_policy, "deltas": self.config.lr_deltas}
+        rates = {
+            "router": self.config.lr_router,
+            "gates": self.config.lr_router,
+            "policy": self.config.lr_policy,
+            "deltas": self.config.lr_deltas,
+        }
         groups = []
         for kind, rate in rates.items():
             parameters = [p for name, p in self.named_parameters().items() if name.startswith(kind)]
@@ -185,12 +197,17 @@ class Trainer:
         means = self._mean_over_processes(totals)
         return {"step": self.step, **means, "grad_norm": norm, "seconds": time.perf_counter() - began}
 
-    def _micro_batch(self, stage: StageName, draw: Draw) -> dict[str, Tensor]:
-        config, device = self.config, self.accelerator.device
+    def _noised(self, draw: Draw) -> tuple[Sample, Tensor, Tensor, Tensor]:
+        """(samples, clean latents, noise, noise levels) of a micro-batch."""
+        device = self.accelerator.device
         sample = self.cache.batch(draw.indices, draw.dropped)
         clean = sample.latents.to(device)
         noise = torch.randn(clean.shape, generator=draw.generator).to(device)
-        sigmas = torch.full((len(clean),), draw.sigma, device=device)
+        return sample, clean, noise, torch.full((len(clean),), draw.sigma, device=device)
+
+    def _micro_batch(self, stage: StageName, draw: Draw) -> dict[str, Tensor]:
+        config = self.config
+        sample, clean, noise, sigmas = self._noised(draw)
         noisy = noisy_latents(clean, noise, sigmas)
         teacher = TeacherRecord(self._features_at)
         with torch.no_grad(), self.routed.switched(False), self._deltas_off():
@@ -199,32 +216,17 @@ class Trainer:
                 wanted = self._velocity(noisy, sample, sigmas)
             finally:
                 self.routed.observer = None
-        losses: dict[str, Tensor] = {}
-        session = None
-        if self.routed.config.tokens is not None:
-            ratios = self._ratios(stage, draw)
-            # Hardened from the first step, a router that starts out wrong may stay so (benchmarks/synthetic.py, check k).
-            progress = (self.step - config.router_steps) / max(1, config.total_steps - config.router_steps)
-            session = TokenSession(
-                routed=self.routed.routed,
-                ratios=ratios,
-                teacher=teacher,
-                estimator=config.estimator,
-                rank_temperature=anneal(*config.rank_temperature, progress),
-                selection_temperature=anneal(*config.selection_temperature, progress),
-                noise=0.0 if stage == "joint" else config.score_noise,
-                generator=draw.generator,
-                granularity=self.routed.config.tokens.granularity,
-            )
-        self.routed.session = session
+        session, gating = self._token_session(stage, draw, teacher), self._block_session(teacher)
+        self.routed.session, self.routed.gate_session = session, gating
         try:
             velocity = self._velocity(noisy, sample, sigmas)
         finally:
-            self.routed.session = None
-        losses["output"] = F.mse_loss(velocity.float(), wanted.float())
+            self.routed.session = self.routed.gate_session = None
+        losses = {"output": F.mse_loss(velocity.float(), wanted.float())}
         total = config.output_weight * losses["output"]
-        if session is not None and config.feature_weight and self._features_at:
-            student = [session.features[block] for block in self._features_at]
+        features = session.features if gating is None and session is not None else getattr(gating, "features", {})
+        if features and config.feature_weight:
+            student = [features[block] for block in self._features_at]
             losses["features"] = feature_distillation(student, [teacher.features[block] for block in self._features_at])
             total = total + config.feature_weight * losses["features"]
         if config.flow_weight:
@@ -234,7 +236,68 @@ class Trainer:
             losses["keep"] = session.ratios.mean()
             if stage != "router" and config.budget == "loss" and self.routed.policy is not None:
                 total = total + config.budget_weight * self.budget_loss(losses["keep"], config.target)
+        if gating is not None:
+            ran = gating.ran()
+            losses["gates"], losses["width"] = ran.float().mean(), gating.chosen_widths().mean()
+            bounds = gate_loss(gating.probabilities(), config.gate_target)
+            if len(gating.widths) > 1:
+                bounds = bounds + width_loss(gating.width_ratios(), ran, config.width_target)
+            total = total + config.gate_weight * bounds
+            self._record(gating, 1000 * sigmas)
         return {"total": total} | {name: value.detach() for name, value in losses.items()}
+
+    def _token_session(self, stage: StageName, draw: Draw, teacher: TeacherRecord) -> TokenSession | None:
+        config, tokens = self.config, self.routed.config.tokens
+        if tokens is None:
+            return None
+        # Hardened from the first step, a router that starts out wrong may stay so (benchmarks/synthetic.py, check k).
+        progress = (self.step - config.router_steps) / max(1, config.total_steps - config.router_steps)
+        return TokenSession(
+            routed=self.routed.routed,
+            ratios=self._ratios(stage, draw),
+            teacher=teacher,
+            estimator=config.estimator,
+            rank_temperature=anneal(*config.rank_temperature, progress),
+            selection_temperature=anneal(*config.selection_temperature, progress),
+            noise=0.0 if stage == "joint" else config.score_noise,
+            generator=draw.generator,
+            granularity=tokens.granularity,
+        )
+
+    def _block_session(self, teacher: TeacherRecord) -> BlockSession | None:
+        gates, blocks = self.routed.gates, self.routed.config.blocks
+        if gates is None or blocks is None:
+            return None
+        orders = {block: gates.order(block) for block in self.routed.routed} if len(blocks.widths) > 1 else {}
+        return BlockSession(teacher, blocks.widths, orders, blocks.threshold)
+
+    def _record(self, gating: BlockSession, timesteps: Tensor) -> None:
+        """Keep what the routers said: budgets are solved by it."""
+        gates = self.routed.gates
+        assert gates is not None
+        gate = torch.stack([said.gate.detach() for said in gating.said.values()], dim=1)
+        width = torch.stack([said.width.detach() for said in gating.said.values()], dim=1)
+        gates.records.add(timesteps, gate, width)
+
+    def _rank_channels(self) -> None:
+        """Order the MLPs' hidden channels by what they are worth to the dense model, on a few batches of the data."""
+        gates, mlp, blocks = self.routed.gates, self.routed.spec.mlp, self.routed.config.blocks
+        if gates is None or mlp is None or blocks is None or len(blocks.widths) == 1 or not self.config.rank_batches:
+            return
+        modules = self.routed.spec.block_list(self.backbone)
+
+        def loss(batch: int) -> Tensor:
+            draw = self._draws(batch)[batch % self.config.groups]
+            sample, clean, noise, sigmas = self._noised(draw)
+            return flow_matching_loss(self._velocity(noisy_latents(clean, noise, sigmas), sample, sigmas), clean, noise)
+
+        with self.routed.switched(False), self._deltas_off():
+            orders = rank_channels(
+                {block: modules[block] for block in self.routed.routed}, mlp, loss, self.config.rank_batches
+            )
+        # Every process saw its own share of the data; one order must hold for all.
+        shared = {block: broadcast(order.to(self.accelerator.device)) for block, order in orders.items()}
+        gates.set_orders(self.backbone, shared)
 
     def _ratios(self, stage: StageName, draw: Draw) -> Tensor:
         """[1, L] keep ratios of a micro-batch, with the policy's gradient where it trains."""
@@ -248,18 +311,19 @@ class Trainer:
             logits = logits + solve_anchor(policy(self._grid), draw.keep)
         return torch.sigmoid(logits)
 
-    def _draws(self) -> list[Draw]:
-        """The micro-batches of this process in this step."""
+    def _draws(self, step: int | None = None) -> list[Draw]:
+        """The micro-batches of this process in this step (or another)."""
+        step = self.step if step is None else step
         config, accelerator = self.config, self.accelerator
         count, world = config.groups * accelerator.num_processes, accelerator.num_processes
-        shared = torch.Generator().manual_seed(_mix(config.seed, self.step, 0))
+        shared = torch.Generator().manual_seed(_mix(config.seed, step, 0))
         # The end of the path (pure data) is no input that sampling ever sees.
         sigmas = shift_sigmas(stratified_uniform(count, shared), self._shift).clamp(min=1e-3)
         keeps = stratified_ratios(count, config.keep_low, config.keep_high, shared)
         draws = []
         for group in range(config.groups):
             place = group * world + accelerator.process_index
-            own = torch.Generator().manual_seed(_mix(config.seed, self.step, 1 + place))
+            own = torch.Generator().manual_seed(_mix(config.seed, step, 1 + place))
             indices = torch.randint(len(self.cache), (config.group_size,), generator=own).tolist()
             dropped = (torch.rand(config.group_size, generator=own) < config.caption_drop).tolist()
             draws.append(Draw(float(sigmas[place]), float(keeps[place]), indices, dropped, own))
@@ -281,9 +345,11 @@ class Trainer:
 
     def _train_only(self, stage: StageName) -> None:
         """Stage 1 trains the routers, stage 2 the policy too, stage 3 everything."""
-        trained = {"router": ("router",), "policy": ("router", "policy"), "joint": ("router", "policy", "deltas")}[
-            stage
-        ]
+        trained = {
+            "router": ("router", "gates"),
+            "policy": ("router", "gates", "policy"),
+            "joint": ("router", "gates", "policy", "deltas"),
+        }[stage]
         factor = self.config.rate_factor(self.step)
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
@@ -313,8 +379,7 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Everything that the next step depends on, written whole or not at all."""
         if self.accelerator.is_main_process:
-            tensors = {name: p.detach() for name, p in self.named_parameters().items()}
-            tensors |= {f"budget_loss.{name}": b for name, b in self.budget_loss.named_buffers()}
+            tensors = {name: p.detach() for name, p in (self.named_parameters() | self._named_buffers()).items()}
             checkpoints.save(self.out, self.step, tensors, self.optimizer.state_dict(), self._identity())
         self.accelerator.wait_for_everyone()
 
@@ -322,9 +387,10 @@ class Trainer:
         found = checkpoints.newest(self.out)
         if found is None:
             self.out.mkdir(parents=True, exist_ok=True)
+            self._rank_channels()
             return
         state = checkpoints.load(found, self._identity())
-        named = self.named_parameters() | {f"budget_loss.{n}": b for n, b in self.budget_loss.named_buffers()}
+        named = self.named_parameters() | self._named_buffers()
         if set(named) != set(state.tensors):
             raise TrainingError(
                 f"The checkpoint {found} holds other parameters than this run; use another output folder."
@@ -332,6 +398,8 @@ class Trainer:
         with torch.no_grad():
             for name, tensor in state.tensors.items():
                 named[name].copy_(tensor)
+        if self.routed.gates is not None:
+            self.routed.gates.set_orders(self.backbone, {})
         self.optimizer.load_state_dict(state.optimizer)
         self.step = state.step
         self.history = checkpoints.truncate_log(
