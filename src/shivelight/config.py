@@ -146,6 +146,8 @@ class Reuse:
         margin: a block whose router is at most this much above the threshold adds its last residual, if it has one;
             delta in E-DiT.
         max_reuses: how often in a row a block may do so before it runs again; K in E-DiT.
+        blocks_after: share of the steps, at the start of a generation, in which no block does so (half in E-DiT's released
+            code).
     """
 
     max_age: int = 10
@@ -154,6 +156,7 @@ class Reuse:
     warmup: float = 0.25
     margin: float = 0.1
     max_reuses: int = 5
+    blocks_after: float = 0.0
 
     def __post_init__(self) -> None:
         _integer("Reuse.max_age", self.max_age)
@@ -161,6 +164,7 @@ class Reuse:
         _require(0 <= self.warmup < 1, f"Reuse.warmup is {self.warmup}; give a share of the steps in [0, 1).")
         _require(0 <= self.margin <= 1, f"Reuse.margin is {self.margin}; give a difference of probabilities in [0, 1].")
         _integer("Reuse.max_reuses", self.max_reuses)
+        _require(0 <= self.blocks_after < 1, f"Reuse.blocks_after is {self.blocks_after}; give a share in [0, 1).")
         _require(self.max_reuses >= 1, f"Reuse.max_reuses is {self.max_reuses}; give at least 1.")
         _require(self.max_cache_mb > 0, f"Reuse.max_cache_mb is {self.max_cache_mb}; give a positive number.")
 

@@ -193,6 +193,12 @@ def test_reuse_adds_the_last_residual_at_most_k_times_in_a_row(pipe: StableDiffu
     for block in routed.routed:
         assert [seen[step, block][0].action for step in range(7)] == pattern
     assert routed.residuals.megabytes == 0  # nothing is held between generations
+    # Nor in the first steps, where that was asked for.
+    with routed.variant(reuse=sl.Reuse(margin=0.9, max_reuses=2, blocks_after=0.4)):
+        seen = watch(routed)
+        walk(pipe, inputs(2), 7)
+        late = ["run", "run", "run", "reuse", "reuse", "run", "reuse"]
+        assert all([seen[step, block][0].action for step in range(7)] == late for block in routed.routed)
     # Without memory for residuals the blocks run.
     sl.attach(pipe, sl.RoutingConfig(None, sl.BlockRouting(), reuse=sl.Reuse(margin=0.9, max_cache_mb=1e-6)))
     sl.set_budget(pipe, threshold=0.5)

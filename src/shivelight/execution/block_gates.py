@@ -61,6 +61,11 @@ class BlockGates(nn.Module):
             self.register_buffer(f"order_{block}", torch.arange(spec.mlp.channels(spec.block_list(model)[block])))
         self.set_orders(model, {})
 
+    def configure(self, config: BlockRouting, reuse: Reuse | None) -> None:
+        """Other settings on the same weights; those that the weights depend on must stay."""
+        self.config, self.reuse, self.words = config, reuse, GateWords(config)
+        self.cap = None
+
     def set_orders(self, model: nn.Module, orders: dict[int, Tensor]) -> None:
         """Rank the hidden channels of MLPs: for some blocks a permutation [H], the most important first; others stay.
 
@@ -122,9 +127,13 @@ class BlockGates(nn.Module):
             request.text_tokens,
             request.attended,
             budget.threshold or config.threshold,
-            None if reuse is None or bare else (reuse.margin, reuse.max_reuses),
+            None if reuse is None or bare else (reuse.margin, reuse.max_reuses, self._first_reuse(len(kept))),
             config.decide == "static",
         )
+
+    def _first_reuse(self, steps: int) -> int:
+        """The first step at which a block may add its last residual."""
+        return 0 if self.reuse is None else math.ceil(self.reuse.blocks_after * steps)
 
     def _left(self, planner: GatePlanner, request: Request, budget: Budget) -> float:
         """FLOPs that routed blocks may take in a generation, over all steps of the planner."""
@@ -167,6 +176,8 @@ class BlockGates(nn.Module):
             # Nothing is known yet: run, at the full width, as a NaN does.
             words = [[math.nan] * (1 + len(self.config.widths))] * len(counts)
         margin = 0.0 if self.reuse is None else self.reuse.margin
+        if context.steps is not None and context.step < self._first_reuse(len(context.steps)):
+            entry = None
         shifts = None if cap is None else cap.shift(context.call, context.step, len(counts))
         parts = []
         for sample, (word, kept) in enumerate(zip(words, counts, strict=True)):

@@ -46,7 +46,7 @@ class GatePlanner:
         text_tokens: length of the text stream.
         attended: image tokens that are attended to, if more than those that run.
         threshold: tau.
-        reuse: (margin, most reuses in a row), or None without reuse.
+        reuse: (margin, most reuses in a row, first step that may reuse), or None without reuse.
         static: whether the records' means decide, instead of each sample's routers.
     """
 
@@ -60,7 +60,7 @@ class GatePlanner:
         text_tokens: int,
         attended: int | None,
         threshold: float,
-        reuse: tuple[float, int] | None,
+        reuse: tuple[float, int, int] | None,
         static: bool,
     ) -> None:
         self.gate, self.width = records.near(steps)
@@ -100,14 +100,15 @@ class GatePlanner:
         allowed = (logits >= dial.low).double()
         if self.reuse is None:
             return allowed
-        margin, most = self.reuse
+        margin, most, first = self.reuse
         unsure = (logits >= dial.low) & (logits <= dial.high(margin))
         if not self.static:
             # A block that stays unsure runs once in (most + 1) steps.
+            unsure[:first] = False
             return torch.where(unsure, 1.0 / (most + 1), allowed)
         runs, stored, used = allowed.clone(), torch.zeros_like(allowed[0]).bool(), torch.zeros_like(allowed[0])
         for step in range(len(allowed)):
-            reused = unsure[step] & stored & (used < most)
+            reused = unsure[step] & stored & (used < most) & (step >= first)
             runs[step] = torch.where(reused, 0.0, allowed[step])
             ran = runs[step] > 0
             used = torch.where(ran, 0.0, used + reused)

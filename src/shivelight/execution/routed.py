@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -196,19 +196,41 @@ class Routed(nn.Module):
             self.enable(previous)
 
     @contextmanager
-    def variant(self, *, reuse: Reuse | None = None, **changes: Any) -> Iterator[None]:
-        """Other settings for a while, on the same weights: of `TokenRouting`, such as scores="random", or with reuse."""
+    def variant(
+        self,
+        *,
+        reuse: Reuse | Literal["keep"] | None = "keep",
+        blocks: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> Iterator[None]:
+        """Other settings for a while, on the same weights.
+
+        Args:
+            reuse: another one, or None for none.
+            blocks: fields of `BlockRouting`, such as {"decide": "static"}.
+            changes: fields of `TokenRouting`, such as scores="random".
+        """
         previous = self.config
-        assert previous.tokens is not None
-        self.config = replace(
-            previous, tokens=replace(previous.tokens, **changes), reuse=reuse if reuse is not None else previous.reuse
+        assert previous.tokens is not None or not changes
+        assert previous.blocks is not None or not blocks
+        self._configure(
+            replace(
+                previous,
+                tokens=replace(previous.tokens, **changes) if previous.tokens is not None else None,
+                blocks=replace(previous.blocks, **blocks or {}) if previous.blocks is not None else None,
+                reuse=previous.reuse if reuse == "keep" else reuse,
+            )
         )
-        self.residuals = self._new_residuals()
         try:
             yield
         finally:
-            self.config = previous
-            self.residuals = self._new_residuals()
+            self._configure(previous)
+
+    def _configure(self, config: RoutingConfig) -> None:
+        self.config = config
+        self.residuals = self._new_residuals()
+        if self.gates is not None and config.blocks is not None:
+            self.gates.configure(config.blocks, config.reuse)
 
     def enable(self, enabled: bool) -> None:
         """Routing and deltas on or off."""
