@@ -61,22 +61,27 @@ def main() -> None:
     plans = set()
     for keep in args.keep:
         for name, fields in VARIANTS.items():
-            planned = judge(name, comparison.tokens(keep, "training-free", reuse=sl.Reuse(**fields)))
+            planned = judge(
+                name, comparison.routed_point("training-free", keep=keep, variant={"reuse": sl.Reuse(**fields)})
+            )
             plans.add(round(planned * setting.steps))
         for scores in ("norm", "random"):
-            judge(f"{scores} scores", comparison.tokens(keep, f"{scores}+reuse", scores=scores))
+            judge(f"{scores} scores", comparison.routed_point(f"{scores}+reuse", keep=keep, variant={"scores": scores}))
     for steps in sorted(plans, reverse=True):
         judge("", comparison.dense(steps))
     sl.attach(pipe, sl.RoutingConfig(sl.TokenRouting(scores="random", ratios="fixed")))
     comparison = Comparison(pipe, setting)
     for keep in args.keep:
-        judge("no-reuse", comparison.tokens(keep, "random"))
+        judge("no-reuse", comparison.routed_point("random", keep=keep))
     sl.load_adapter(pipe, embedded.ADAPTER)
     comparison = Comparison(pipe, setting)
     for keep in args.keep:
         judge("trained", comparison.tokens(keep))
-        judge("trained", comparison.tokens(keep, "tokens+reuse", reuse=sl.Reuse()))
-        judge("trained, no warm-up", comparison.tokens(keep, "tokens+reuse", reuse=sl.Reuse(warmup=0.0)))
+        judge("trained", comparison.routed_point("tokens+reuse", keep=keep, variant={"reuse": sl.Reuse()}))
+        judge(
+            "trained, no warm-up",
+            comparison.routed_point("tokens+reuse", keep=keep, variant={"reuse": sl.Reuse(warmup=0.0)}),
+        )
     results = new_results(device=common.DEFAULT_DEVICE, backbone=describe(pipe), split="validation")
     results["rows"] = rows
     write_results(args.out, results)

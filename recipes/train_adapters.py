@@ -1,8 +1,10 @@
-"""Train the two shipped adapters for the embedded pipeline: token routing, and the dense baseline tuned the same way.
+"""Train adapters for the embedded pipeline: token routing, and the dense baseline tuned the same way; on request, block
+routing and both together.
 
-    python recipes/train_adapters.py --joint-steps 1500      # resumes by itself
+    python recipes/train_adapters.py --joint-steps 1500                     # tokens and dense-finetuned; resumes by itself
+    python recipes/train_adapters.py --only blocks --only tokens+blocks     # issue 3's, into --out
 
-Both see the same pictures in the same order with the same losses; the baseline takes the steps of all three stages.
+All see the same pictures in the same order with the same losses; the baseline takes the steps of all three stages.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from accelerate import Accelerator
 
 from shivelight.cli import common
 from shivelight.cli.train import run_with_progress
-from shivelight.config import DeltaConfig, RoutingConfig, TokenRouting
+from shivelight.config import BlockRouting, DeltaConfig, RoutingConfig, TokenRouting
 from shivelight.demo import pipeline as embedded
 from shivelight.demo.export import export_images
 from shivelight.training.data import build_cache, read_folder
@@ -51,7 +53,14 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, default=embedded.PIPELINE)
     parser.add_argument("--work", type=Path, default=Path("build/adapters"))
     parser.add_argument("--out", type=Path, default=embedded.ADAPTER.parent)
-    parser.add_argument("--only", choices=["tokens", "dense-finetuned"])
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=["tokens", "dense-finetuned", "blocks", "tokens+blocks"],
+        help="repeat it; tokens and dense-finetuned by default",
+    )
+    parser.add_argument("--gate-target", type=float, default=0.5)
+    parser.add_argument("--width-target", type=float, default=0.7)
     args = parser.parse_args()
     common.quiet_libraries()
     checkpoint.use_plain_attention(torch.device(common.DEFAULT_DEVICE))
@@ -62,17 +71,25 @@ def main() -> None:
         groups=2,
         group_size=args.group_size,
         checkpoint_every=50,
+        gate_target=args.gate_target,
+        width_target=args.width_target,
     )
     deltas = DeltaConfig(args.rank, float(args.rank))
     runs = {
-        "tokens": (RoutingConfig(TokenRouting(), deltas), config),
+        "tokens": (RoutingConfig(TokenRouting(), deltas=deltas), config),
         "dense-finetuned": (
-            RoutingConfig(None, deltas),
+            RoutingConfig(None, deltas=deltas),
             dataclasses.replace(config, router_steps=0, policy_steps=0, joint_steps=config.total_steps),
         ),
+        # No policy to train; its steps go to the routers.
+        "blocks": (
+            RoutingConfig(None, BlockRouting(), deltas),
+            dataclasses.replace(config, router_steps=config.router_steps + config.policy_steps, policy_steps=0),
+        ),
+        "tokens+blocks": (RoutingConfig(TokenRouting(), BlockRouting(), deltas), config),
     }
     for name, (routing, settings) in runs.items():
-        if args.only in (None, name):
+        if name in (args.only or ("tokens", "dense-finetuned")):
             folder = train(name, routing, settings, args.pipeline, args.work, args.pictures)
             shutil.copytree(folder, args.out / name, dirs_exist_ok=True)
             print(f"{name}: {sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.2f} MB in {args.out / name}")

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from shivelight.adapter import backbone_of, install, prepare, routed_of
 from shivelight.backbones import find_spec
-from shivelight.config import FORMAT_VERSION, RoutingConfig
+from shivelight.config import FORMAT_VERSION, Reuse, RoutingConfig
 from shivelight.errors import AdapterError
 from shivelight.execution.folding import Delta, FoldedWeights
 
@@ -74,8 +75,14 @@ def save_adapter(model: Any, directory: str | Path, training: dict[str, Any] | N
     return directory
 
 
-def load_adapter(model: Any, source: str | Path, revision: str | None = None) -> Any:
+def load_adapter(model: Any, source: str | Path, revision: str | None = None, reuse: Reuse | None = None) -> Any:
     """Attach the adapter in a local folder or Hub repository; the budget starts at keep=1.0.
+
+    Args:
+        model: a diffusers pipeline, or its transformer.
+        source: a folder, or a repository's name.
+        revision: of the repository.
+        reuse: let what does not run add its last residual, in the place of what the adapter says.
 
     Raises:
         AdapterError: a file is missing, truncated, a pickle, of another backbone or of a newer format. The model is then
@@ -86,6 +93,8 @@ def load_adapter(model: Any, source: str | Path, revision: str | None = None) ->
     backbone = backbone_of(model)
     _check_backbone(stored, backbone, source)
     config = RoutingConfig.from_dict(stored["routing"])
+    if reuse is not None:
+        config = replace(config, reuse=reuse)
     # Everything is checked before the model, or an adapter that it has already, is touched.
     routed = prepare(model, config)
     own = {name: t for name, t in tensors.items() if not name.startswith("deltas.")}

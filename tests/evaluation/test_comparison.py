@@ -17,7 +17,7 @@ from shivelight.cost import step_flops
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.comparison import Comparison, KeptTokens, OperatingPoint, Setting
 from shivelight.evaluation.latency import Timings
-from shivelight.evaluation.standard import standard_points, with_fewer_steps
+from shivelight.evaluation.standard import block_points, standard_points, with_fewer_steps
 from shivelight.execution.folding import Delta
 
 STEPS = 3
@@ -169,3 +169,31 @@ def test_the_finetuned_weights_are_folded_from_the_backbone_s_own(comparison: Co
     assert torch.equal(tuned, pipe.transformer.get_submodule(name).weight) and not torch.equal(tuned, own)
     with sl.dense(pipe):  # and they are taken out again
         assert torch.equal(pipe.transformer.get_submodule(name).weight, own)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_block_points_share_one_adapter_and_leave_no_trace(pipe, tokens: bool) -> None:  # noqa: ANN001
+    torch.manual_seed(0)
+    routing = sl.TokenRouting() if tokens else None
+    sl.attach(pipe, sl.RoutingConfig(routing, sl.BlockRouting(start="random", token_stride=1)))
+    routed = routed_of(pipe)
+    routed.gates.records.add(torch.rand(64) * 1000, torch.randn(64, 3), torch.randn(64, 3, 4))
+    comparison = Comparison(pipe, Setting(STEPS, 3.0, 0, 2, {"max_sequence_length": 16, "height": 32, "width": 32}))
+    config, budget = routed.config, routed.budget
+    points = block_points(comparison, [0.6], None)
+    name = "tokens+blocks" if tokens else "blocks"
+    assert [p.method for p in points] == [
+        "dense",
+        name,
+        f"{name}+reuse",
+        *(f"{name}-{d}" for d in ("static", "step", "cap")),
+    ]
+    planned = {point.method: comparison.planned(point) for point in points}
+    assert all(plan <= 0.6 for method, plan in planned.items() if method != "dense")
+    dense = comparison.counted_flops(points[0])
+    counted = {point.method: comparison.counted_flops(point) / dense for point in points[1:]}
+    assert counted[f"{name}-static"] == pytest.approx(planned[f"{name}-static"], abs=0.06)  # embeddings are counted too
+    assert counted[f"{name}-cap"] <= 0.66
+    pictures = {point.method: comparison.pictures(point, ["a b", "c d"]) for point in points}
+    assert not torch.equal(pictures[name], pictures[f"{name}-static"])
+    assert (routed.config, routed.budget, routed.gates.config) == (config, budget, config.blocks)

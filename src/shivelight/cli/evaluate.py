@@ -16,7 +16,7 @@ from shivelight.evaluation.comparison import Comparison, Setting
 from shivelight.evaluation.features import feature_network
 from shivelight.evaluation.images import to_tensor
 from shivelight.evaluation.results import new_results
-from shivelight.evaluation.standard import BASELINE_KEEPS, standard_points, with_fewer_steps
+from shivelight.evaluation.standard import BASELINE_KEEPS, block_points, standard_points, with_fewer_steps
 from shivelight.training.data import load_image, read_folder
 
 
@@ -29,14 +29,21 @@ def evaluate(
     images: Annotated[
         Path | None, typer.Option(help="Folder of captioned images to judge against; the embedded test set by default.")
     ] = None,
-    keep: Annotated[list[float] | None, typer.Option(help="Budgets; repeat the option.")] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="Budgets of token routing; repeat the option.")] = None,
+    compute: Annotated[
+        list[float] | None, typer.Option(help="Budgets of an adapter with block routing: shares of the dense FLOPs.")
+    ] = None,
     count: Annotated[int, typer.Option(min=2, help="Captions.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the dense reference.")] = embedded.STEPS,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = embedded.GUIDANCE,
     rounds: Annotated[int, typer.Option(min=3, help="Timed rounds.")] = 10,
     batch: Annotated[int, typer.Option(min=1, help="Samples per call while pictures are made.")] = 16,
     baselines: Annotated[
-        bool, typer.Option(help="Also fixed ratios, random tokens and tokens by norm, at 0.8, 0.6 and 0.5.")
+        bool,
+        typer.Option(
+            help="Also fixed ratios, random tokens and tokens by norm, at 0.8, 0.6 and 0.5; of blocks, gates that do not "
+            "adapt to the sample, gates a step late, and the hard cap."
+        ),
     ] = True,
     features: Annotated[
         str, typer.Option(help="Feature network of KID and FD: efflite0, inception, or none.")
@@ -59,9 +66,12 @@ def evaluate(
     captions, references = judged_on(images, count, pipe)
     other = finetuned or (str(embedded.FINETUNED) if pipeline is None and embedded.FINETUNED.is_dir() else None)
     weights = None if other is None else read_deltas(pipe, other)
-    points = standard_points(
-        comparison, keep or [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], weights, BASELINE_KEEPS if baselines else ()
-    )
+    if comparison.routed.config.blocks is not None:
+        points = block_points(comparison, compute or [0.7, 0.5, 0.35], weights, baselines)
+    else:
+        points = standard_points(
+            comparison, keep or [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], weights, BASELINE_KEEPS if baselines else ()
+        )
     with common.progress_bar("calibrating fewer steps", 1) as advance:
         points = with_fewer_steps(comparison, points)
         advance()

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from shivelight.cli import common
-from shivelight.config import DeltaConfig, RoutingConfig, TokenRouting
+from shivelight.config import BlockRouting, DeltaConfig, RoutingConfig, TokenRouting
 from shivelight.errors import DataError, TrainingError
 from shivelight.evaluation.results import new_results, new_row
 from shivelight.training.data import build_cache, read_folder
@@ -29,7 +29,8 @@ def train(
     ] = Path("runs/adapter"),
     pipeline: common.PipelineOption = None,
     method: Annotated[
-        Literal["tokens", "dense-finetuned"], typer.Option(help="Token routing, or the same deltas without it.")
+        Literal["tokens", "blocks", "tokens+blocks", "dense-finetuned"],
+        typer.Option(help="What is routed; dense-finetuned is the same deltas without routing."),
     ] = "tokens",
     router_steps: Annotated[int, typer.Option(min=0, help="Steps of stage 1: routers.")] = _DEFAULT.router_steps,
     policy_steps: Annotated[
@@ -51,6 +52,10 @@ def train(
     ] = "policy",
     keep_low: Annotated[float, typer.Option(help="Lowest sampled keep ratio.")] = _DEFAULT.keep_low,
     keep_high: Annotated[float, typer.Option(help="Highest sampled keep ratio.")] = _DEFAULT.keep_high,
+    gate_target: Annotated[
+        float, typer.Option(help="Mean probability of running a block (rho_g).")
+    ] = _DEFAULT.gate_target,
+    width_target: Annotated[float, typer.Option(help="Mean share of its MLP (rho_w).")] = _DEFAULT.width_target,
     lr_router: Annotated[float, typer.Option(help="Peak learning rate of the routers.")] = _DEFAULT.lr_router,
     lr_policy: Annotated[float, typer.Option(help="Peak learning rate of the policy.")] = _DEFAULT.lr_policy,
     lr_deltas: Annotated[float, typer.Option(help="Peak learning rate of the deltas.")] = _DEFAULT.lr_deltas,
@@ -81,16 +86,19 @@ def train(
 
     Example: shivelight train photos/ --pipeline stabilityai/stable-diffusion-3.5-medium --out runs/sd35
     """
-    routed = method == "tokens"
+    routed, tokens, blocks = method != "dense-finetuned", "tokens" in method, "blocks" in method
     config = TrainingConfig(
         router_steps=router_steps if routed else 0,
-        policy_steps=policy_steps if routed and ratios == "policy" else 0,
+        policy_steps=policy_steps if tokens and ratios == "policy" else 0,
         joint_steps=joint_steps, groups=groups, group_size=group_size, estimator=estimator, budget=budget, target=target,
         keep_low=keep_low, keep_high=keep_high, lr_router=lr_router, lr_policy=lr_policy, lr_deltas=lr_deltas,
-        flow_weight=flow_weight, checkpoint_every=checkpoint_every, preview_every=preview_every, seed=seed,
+        flow_weight=flow_weight, gate_target=gate_target, width_target=width_target,
+        checkpoint_every=checkpoint_every, preview_every=preview_every, seed=seed,
     )  # fmt: skip
     routing = RoutingConfig(
-        tokens=TokenRouting(ratios=ratios) if routed else None, deltas=DeltaConfig(rank, float(rank)) if rank else None
+        tokens=TokenRouting(ratios=ratios) if tokens else None,
+        blocks=BlockRouting() if blocks else None,
+        deltas=DeltaConfig(rank, float(rank)) if rank else None,
     )
     found = read_folder(images)
     common.quiet_libraries()
@@ -134,7 +142,7 @@ def train(
 
 
 def run_with_progress(trainer: Trainer) -> Path:
-    """Run to the end behind a bar with loss, mean keep and the time left."""
+    """Run to the end behind a bar with loss, mean keep (gates, width) and the time left."""
     if not len(trainer.cache):
         raise DataError("The data set is empty.")
     total = trainer.config.total_steps
@@ -146,8 +154,8 @@ def run_with_progress(trainer: Trainer) -> Path:
 
         def on_step(record: dict[str, float]) -> None:
             stage = trainer.config.stage(max(0, int(record["step"]) - 1))[0]
-            keep = f" keep {record['keep']:.2f}" if "keep" in record else ""
-            bar.update(task, completed=record["step"], description=f"{stage}: loss {record['loss']:.4f}{keep}")
+            shares = "".join(f" {name} {record[name]:.2f}" for name in ("keep", "gates", "width") if name in record)
+            bar.update(task, completed=record["step"], description=f"{stage}: loss {record['loss']:.4f}{shares}")
 
         try:
             return trainer.run(on_step)

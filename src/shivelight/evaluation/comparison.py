@@ -25,6 +25,7 @@ from shivelight.evaluation.results import new_row
 from shivelight.execution.folding import FoldedWeights
 
 Progress = Callable[[str], None]
+Variant = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -88,18 +89,23 @@ class Comparison:
         name = "dense" if steps == self.setting.steps else "fewer-steps"
         return OperatingPoint(name, {}, steps, lambda: self.routed.switched(False))
 
-    def tokens(
-        self, keep: float | None = None, method: str = "tokens", *, compute: float | None = None, **variant: Any
+    def routed_point(
+        self, method: str, *, cap: bool = False, variant: Variant | None = None, **budget: float
     ) -> OperatingPoint:
-        """Token routing at a budget, or a variant of it on the same weights (scores="random", ratios="fixed")."""
-        asked = {"keep": keep, "compute": compute}
-        budget = {kind: value for kind, value in asked.items() if value is not None}
+        """The adapter at a budget, or a variant of it on the same weights.
+
+        Args:
+            method: its name in results.json.
+            cap: see `set_budget`.
+            variant: arguments of `Routed.variant`: {"scores": "random", "ratios": "fixed"}, {"blocks": {"decide": "static"}}.
+            budget: keep=, compute= or threshold=, as for `set_budget`.
+        """
 
         @contextmanager
         def state() -> Iterator[None]:
             before = self.routed.budget
-            with self.routed.variant(**variant):
-                set_budget(self.pipe, keep=keep, compute=compute)
+            with self.routed.variant(**variant or {}):
+                set_budget(self.pipe, cap=cap, **budget)
                 try:
                     yield
                 finally:
@@ -107,9 +113,14 @@ class Comparison:
 
         return OperatingPoint(method, budget, self.setting.steps, state)
 
+    def tokens(self, keep: float) -> OperatingPoint:
+        """Token routing as it was trained."""
+        return self.routed_point("tokens", keep=keep)
+
     def training_free(self, keep: float) -> OperatingPoint:
         """`RoutingConfig.training_free` on the backbone's own weights, whatever adapter is attached."""
-        point = self.tokens(keep, "training-free", scores="drift", ratios="fixed", reuse=Reuse())
+        variant = {"scores": "drift", "ratios": "fixed", "reuse": Reuse()}
+        point = self.routed_point("training-free", keep=keep, variant=variant)
 
         @contextmanager
         def state() -> Iterator[None]:

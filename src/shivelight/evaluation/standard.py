@@ -1,8 +1,9 @@
-"""The standard table: dense, dense fine-tuned, token routing (trained and training-free), baselines, and fewer steps."""
+"""The standard tables: dense, dense fine-tuned, routing of tokens and blocks, baselines, and fewer steps."""
 
 import math
 from collections.abc import Sequence
 
+from shivelight.config import Reuse
 from shivelight.evaluation.comparison import Comparison, OperatingPoint
 from shivelight.execution.folding import FoldedWeights
 
@@ -30,10 +31,34 @@ def standard_points(
             plan = math.floor(1e4 * comparison.planned(points[-1])) / 1e4
             points += [
                 comparison.training_free(keep),
-                comparison.tokens(method="fixed", compute=plan, ratios="fixed"),
-                comparison.tokens(method="random", compute=plan, scores="random", ratios="fixed"),
-                comparison.tokens(method="norm", compute=plan, scores="norm", ratios="fixed"),
+                comparison.routed_point("fixed", compute=plan, variant={"ratios": "fixed"}),
+                comparison.routed_point("random", compute=plan, variant={"ratios": "fixed", "scores": "random"}),
+                comparison.routed_point("norm", compute=plan, variant={"ratios": "fixed", "scores": "norm"}),
             ]
+    return points
+
+
+def block_points(
+    comparison: Comparison, computes: Sequence[float], finetuned: FoldedWeights | None, ablations: bool = True
+) -> list[OperatingPoint]:
+    """Dense first, then an adapter with block routing at every share of the dense FLOPs, with and without reuse.
+
+    With `ablations` also its other ways to decide ("static" is the same mean cost without adaptation to the sample, "step"
+    decides by the step before) and the hard cap.
+    """
+    name = "tokens+blocks" if comparison.routed.config.tokens is not None else "blocks"
+    points = [comparison.dense()]
+    if finetuned is not None:
+        points.append(comparison.finetuned(finetuned))
+    for compute in computes:
+        without, reuse = {"reuse": None}, {"reuse": Reuse()}
+        points.append(comparison.routed_point(name, compute=compute, variant=without))
+        points.append(comparison.routed_point(f"{name}+reuse", compute=compute, variant=reuse))
+        if ablations:
+            for decide in ("static", "step"):
+                blocks = {"blocks": {"decide": decide}}
+                points.append(comparison.routed_point(f"{name}-{decide}", compute=compute, variant=without | blocks))
+            points.append(comparison.routed_point(f"{name}-cap", compute=compute, cap=True, variant=without))
     return points
 
 
@@ -42,7 +67,7 @@ def with_fewer_steps(comparison: Comparison, points: Sequence[OperatingPoint], a
 
     Of step counts that are less than `apart` apart, only the larger stands.
     """
-    routed = [point for point in points if point.method == "tokens"]
+    routed = [point for point in points if point.method in ("tokens", "blocks", "tokens+blocks")]
     chosen: list[OperatingPoint] = []
     for point in comparison.fewer_steps(routed):
         if not chosen or chosen[-1].steps - point.steps >= apart:
