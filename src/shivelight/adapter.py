@@ -46,9 +46,12 @@ def prepare(model: Any, config: RoutingConfig) -> Routed:
     for path in (spec.timestep_embedding, spec.condition_embedding):
         if path is not None:
             _embedder(backbone, spec, path)
-    if pipeline is None and config.tokens is not None and config.tokens.scores == "drift":
+    drifting = (config.tokens is not None and config.tokens.scores == "drift") or (
+        config.blocks is not None and config.blocks.router == "drift"
+    )
+    if pipeline is None and drifting:
         raise UnsupportedBackboneError(
-            f"A bare {type(backbone).__name__} has no order in time, but scores='drift' (training-free routing) goes by the "
+            f"A bare {type(backbone).__name__} has no order in time, but training-free routing ('drift') goes by the "
             "residuals of earlier steps. Attach to the pipeline."
         )
     return Routed(backbone, spec, config, pipeline)
@@ -139,12 +142,14 @@ def set_budget(
         raise BudgetError("The attached adapter has no routing, so it always runs everything: keep=1.0.", nearest=1.0)
     if routed.config.tokens is None and budget.kind == "keep" and budget.value < 1:
         raise BudgetError("The attached adapter routes no tokens; bound it by compute= or threshold=.", nearest=1.0)
-    if routed.config.blocks is None and (budget.threshold is not None or budget.cap):
-        raise BudgetError("The attached adapter routes no blocks: threshold= and cap=True are about those.")
+    if routed.gates is None and (budget.threshold is not None or budget.cap):
+        raise BudgetError("The attached adapter has no block routers: threshold= and cap=True are about those.")
     if routed.routed:
         # Raises if it cannot be reached. The length of the text is known once a picture was made; until then, the least.
         tokens, text_tokens = routed.shape
-        routed.planned_ratio((500.0,), tokens, text_tokens if routed.shape_seen else 0, budget)
+        # What goes by earlier steps has none at the first; how many will follow is not known here.
+        steps = (500.0,) * (1 if routed.drift is None else 1000)
+        routed.planned_ratio(steps, tokens, text_tokens if routed.shape_seen else 0, budget)
     routed.budget = budget
     return model
 
@@ -218,7 +223,9 @@ def summary(model: Any) -> str:
         lines.append(f"tokens: scores {tokens.scores}, ratios {tokens.ratios}, guidance {tokens.cfg_scores}")
     if blocks is not None:
         lines.append(
-            f"blocks: {blocks.router} routers decide by {blocks.decide}, guidance {blocks.cfg_gates}; MLP widths "
+            "blocks: those whose residual moves run"
+            if routed.gates is None
+            else f"blocks: {blocks.router} routers decide by {blocks.decide}, guidance {blocks.cfg_gates}; MLP widths "
             f"{', '.join(f'{width:g}' for width in blocks.widths)}; {routed.gates.records.filled} records"
         )
     if reuse is not None:

@@ -66,7 +66,8 @@ class BlockRouting:
     """Which blocks run for a sample, and how much of their MLP (E-DiT).
 
     Attributes:
-        router: "lean", ours; or "elastic-dit", laid out as the authors' released one, for their weights.
+        router: "lean", ours; "elastic-dit", laid out as the authors' released one, for their weights; or "drift", which needs
+            no training: the blocks whose residual moved most when last seen, times its age, run as far as the budget goes.
         bottleneck: width of the router's hidden layer (128 in the released one).
         modulation_rank: rank of the lean router's modulation by timestep and condition.
         token_stride: the lean router reads every so-manieth token.
@@ -82,7 +83,7 @@ class BlockRouting:
             to tokens.
     """
 
-    router: Literal["lean", "elastic-dit"] = "lean"
+    router: Literal["lean", "elastic-dit", "drift"] = "lean"
     bottleneck: int = 16
     modulation_rank: int = 4
     token_stride: int = 4
@@ -109,7 +110,11 @@ class BlockRouting:
         )
         _require(0 < self.threshold < 1, f"BlockRouting.threshold is {self.threshold}; give a probability in (0, 1).")
         _require(0 < self.share < 1, f"BlockRouting.share is {self.share}; give an exponent in (0, 1).")
-        _one_of("BlockRouting.router", self.router, ("lean", "elastic-dit"))
+        _one_of("BlockRouting.router", self.router, ("lean", "elastic-dit", "drift"))
+        _require(
+            self.router != "drift" or self.widths == (1.0,),
+            "BlockRouting.router='drift' knows no widths; give widths=(1.0,).",
+        )
         _one_of("BlockRouting.start", self.start, ("full", "random"))
         _one_of("BlockRouting.cfg_gates", self.cfg_gates, ("cond", "each"))
         _one_of("BlockRouting.decide", self.decide, ("block", "step", "static"))
@@ -180,6 +185,7 @@ class RoutingConfig:
         reuse: whether rejected tokens and blocks that a router is unsure about add their last residual, or None to let
             what does not run pass through unchanged.
         keep: the `keep` budget in force once attached; 1.0 runs everything until `set_budget`.
+        compute: the `compute` budget in force once attached, in the place of `keep`, or None.
     """
 
     tokens: TokenRouting | None = field(default_factory=TokenRouting)
@@ -187,16 +193,19 @@ class RoutingConfig:
     deltas: DeltaConfig | None = None
     reuse: Reuse | None = None
     keep: float = 1.0
+    compute: float | None = None
 
     def __post_init__(self) -> None:
         _require(
             self.tokens is not None or self.blocks is not None or self.deltas is not None,
             "RoutingConfig has neither tokens, blocks nor deltas: there is nothing to attach.",
         )
-        drifting = self.tokens is not None and self.tokens.scores == "drift"
+        drifting = (self.tokens is not None and self.tokens.scores == "drift") or (
+            self.blocks is not None and self.blocks.router == "drift"
+        )
         _require(
             not drifting or self.reuse is not None,
-            "TokenRouting.scores='drift' ranks by the residuals of earlier steps; give RoutingConfig reuse=Reuse() too.",
+            "scores='drift' and router='drift' go by the residuals of earlier steps; give RoutingConfig reuse=Reuse() too.",
         )
         _require(
             self.reuse is None or self.tokens is not None or self.blocks is not None,
@@ -207,16 +216,34 @@ class RoutingConfig:
             f"RoutingConfig.keep is {self.keep!r}; give a mean keep ratio in (0, 1].",
         )
         _require(self.keep == 1 or self.tokens is not None, "RoutingConfig.keep below 1 needs tokens.")
+        _require(
+            self.compute is None
+            or (isinstance(self.compute, int | float) and 0 < self.compute <= 1 and self.keep == 1),
+            f"RoutingConfig.compute is {self.compute!r}; give a share of the dense FLOPs in (0, 1], and no keep beside it.",
+        )
 
     @classmethod
-    def training_free(cls, keep: float = 0.6, **reuse: Any) -> "RoutingConfig":
-        """Routing that needs no adapter: tokens whose residual moves run, the others add their last residual.
+    def training_free(
+        cls, keep: float = 0.6, *, compute: float | None = None, axis: Literal["tokens", "blocks", "both"] = "tokens",
+        **reuse: Any,
+    ) -> "RoutingConfig":  # fmt: skip
+        """Routing that needs no adapter: what moves runs, the rest adds its last residual.
 
         Args:
-            keep: the budget in force once attached; `set_budget` changes it.
+            keep: the budget in force once attached, for tokens alone; `set_budget` changes it.
+            compute: the budget as a share of the dense FLOPs instead; needed for blocks.
+            axis: whether tokens, whole blocks, or both are left out.
             reuse: fields of `Reuse`.
         """
-        return cls(TokenRouting(scores="drift", ratios="fixed"), reuse=Reuse(**reuse), keep=keep)
+        _one_of("axis", axis, ("tokens", "blocks", "both"))
+        _require(axis == "tokens" or compute is not None, f"axis={axis!r} needs a budget of FLOPs: give compute=.")
+        return cls(
+            None if axis == "blocks" else TokenRouting(scores="drift", ratios="fixed"),
+            None if axis == "tokens" else BlockRouting(router="drift", widths=(1.0,)),
+            reuse=Reuse(**reuse),
+            keep=keep if compute is None else 1.0,
+            compute=compute,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The dict that its JSON reads as (lists, no tuples); `from_dict` reads it back."""
@@ -228,7 +255,7 @@ class RoutingConfig:
         _check_names(cls, data)
         parts = {"tokens": TokenRouting, "blocks": BlockRouting, "deltas": DeltaConfig, "reuse": Reuse}
         read = {name: _part(part, data.get(name)) for name, part in parts.items()}
-        return cls(**read, keep=data.get("keep", 1.0))
+        return cls(**read, keep=data.get("keep", 1.0), compute=data.get("compute"))
 
 
 def _part(cls: type, data: dict[str, Any] | None) -> Any:

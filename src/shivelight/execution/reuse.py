@@ -27,9 +27,11 @@ class BlockResiduals:
     def __init__(self, x: Tensor, text: Tensor | None = None) -> None:
         self.residual = torch.zeros_like(x)
         self.text = None if text is None else torch.zeros_like(text)
-        # On the host, for each sample: whether every token has run once, and how often in a row the block was left out.
+        # On the host, for each sample: whether every token has run once, how often in a row the block was left out, when it
+        # ran.
         self.complete = [False] * len(x)
         self.reused = [0] * len(x)
+        self.ran_at = [_NEVER] * len(x)
         self.refreshed = torch.full(x.shape[:2], _NEVER, dtype=torch.int32, device=x.device)
         self.drift = torch.zeros(x.shape[:2], device=x.device)
         self.projections: dict[str, Tensor] = {}
@@ -54,6 +56,7 @@ class BlockResiduals:
         part.drift, part.text = self.drift[samples], None if self.text is None else self.text[samples]
         part.complete = [self.complete[sample] for sample in chosen]
         part.reused = [self.reused[sample] for sample in chosen]
+        part.ran_at = [self.ran_at[sample] for sample in chosen]
         # Those of a sample that never ran whole hold nothing.
         part.projections = {name: p[samples] for name, p in self.projections.items()} if all(part.complete) else {}
         return part
@@ -70,10 +73,16 @@ class BlockResiduals:
             self.projections[name][samples] = projection
         for place, sample in enumerate(samples.tolist()):
             self.complete[sample], self.reused[sample] = part.complete[place], part.reused[place]
+            self.ran_at[sample] = part.ran_at[place]
 
     def may_serve(self, sample: int, most: int) -> bool:
         """Whether a sample's residual is there and was used fewer than `most` times in a row."""
         return self.complete[sample] and self.reused[sample] < most
+
+    def relative_drift(self) -> Tensor:
+        """How far the block's residual had moved when it was last computed, over its length: [B] fp32."""
+        length = torch.linalg.vector_norm(self.residual.float(), dim=(1, 2))
+        return torch.linalg.vector_norm(self.drift, dim=1) / length.clamp(min=torch.finfo(torch.float32).tiny)
 
     def add(self, x: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What a block that is left out adds: x + its last residual, for both streams."""
@@ -127,7 +136,7 @@ class BlockResiduals:
         Returns:
             [B, N, D]: `out` exactly where the block ran, x + the last residual elsewhere (x alone where there is none).
         """
-        self.reused = [0] * len(x)
+        self.reused, self.ran_at = [0] * len(x), [step] * len(x)
         if indices is None:
             self.complete = [True] * len(x)
             residual = out - x

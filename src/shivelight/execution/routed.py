@@ -14,6 +14,7 @@ from shivelight.cost import backbone_costs
 from shivelight.errors import BudgetError, ShivelightError, UnsupportedBackboneError
 from shivelight.execution.block_gates import BlockGates
 from shivelight.execution.context import GRID, Clock, StepContext
+from shivelight.execution.drift import DriftGates
 from shivelight.execution.folding import Delta, FoldedWeights
 from shivelight.execution.gates import Part, Spending
 from shivelight.execution.planning import Budget, Planner, Request
@@ -87,9 +88,13 @@ class Routed(nn.Module):
         self.planner = Planner(
             backbone_costs(model, spec), self.routed, 1 if config.tokens is None else config.tokens.granularity
         )
-        self.gates = (
-            None if config.blocks is None else BlockGates(model, spec, config.blocks, config.reuse, self.planner)
-        )
+        self.gates: BlockGates | None = None
+        self.drift: DriftGates | None = None
+        if config.blocks is not None and config.blocks.router == "drift":
+            assert config.reuse is not None
+            self.drift = DriftGates(config.reuse, self.planner)
+        elif config.blocks is not None:
+            self.gates = BlockGates(model, spec, config.blocks, config.reuse, self.planner)
         reference = next(model.parameters())
         dtype = reference.dtype if reference.dtype in (torch.float32, torch.float16, torch.bfloat16) else None
         device = None if reference.device.type == "meta" else reference.device
@@ -98,7 +103,7 @@ class Routed(nn.Module):
         self.folded: FoldedWeights | None = None
         self.clock = Clock(pipeline, spec.guidance)
         self.spending = Spending()
-        self.budget = Budget("keep", config.keep)
+        self.budget = Budget("keep", config.keep) if config.compute is None else Budget("compute", config.compute)
         self.residuals = self._new_residuals()
         self.shape = spec.default_shape(model)
         self.shape_seen = False
@@ -129,8 +134,9 @@ class Routed(nn.Module):
             self._forget()
         if context.generation != generation or context.steps is None:
             self.spending = Spending()
-        if self.gates is not None:
-            self.gates.begin(context)
+        for gates in (self.gates, self.drift):
+            if gates is not None:
+                gates.begin(context)
 
     def reset(self) -> None:
         """The next pass starts from nothing."""
@@ -140,8 +146,9 @@ class Routed(nn.Module):
     def _forget(self) -> None:
         """Drop what belongs to one generation."""
         self.residuals.clear()
-        if self.gates is not None:
-            self.gates.clear()
+        for gates in (self.gates, self.drift):
+            if gates is not None:
+                gates.clear()
 
     @property
     def reuses(self) -> bool:
@@ -281,7 +288,8 @@ class Routed(nn.Module):
         """Planned FLOPs of a generation of these timesteps over those of the dense blocks; with gates, as expected."""
         request = self.request(steps, tokens, text_tokens, budget)
         schedule = self.schedule(request)
-        plan = None if self.gates is None else self.gates.plan(request, budget or self.budget, schedule.keep)
+        gates = self.gates or self.drift
+        plan = None if gates is None else gates.plan(request, budget or self.budget, schedule.keep)
         if plan is None or plan.cost is None:
             return self.planner.planned_ratio(schedule, request)
         dense, always = self.planner.dense_flops(tokens, text_tokens)
@@ -295,7 +303,10 @@ class Routed(nn.Module):
         counts = self.kept_counts(block, batch, tokens, text_tokens)
         request = self.request(self.context.steps or GRID, tokens, text_tokens)
         parts = tuple(Part("run", k) for k in counts)
-        if self.gates is not None:
+        if self.drift is not None and (moving := self.drift.plan(request, self.budget, self.schedule(request).keep)):
+            find = lambda block: self.residuals.find((self.context.call, block), x, text) if self.reuses else None  # noqa: E731
+            parts = self.drift.decide(block, counts * (batch // len(counts)), moving, self.context, find, request)
+        elif self.gates is not None:
             kept = self.schedule(request).keep
             plan = self.gates.plan(request, self.budget, kept)
             if plan is not None:

@@ -1,0 +1,153 @@
+"""Block routing without training: the blocks whose residual moves run, the others add their last one; a static budget.
+
+Shapes: B samples, N image tokens, D width, T steps, L routed blocks.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shivelight.config import Reuse
+from shivelight.errors import BudgetError
+from shivelight.execution.context import StepContext
+from shivelight.execution.gates import Part
+from shivelight.execution.planning import Budget, Planner, Request
+from shivelight.execution.reuse import BlockResiduals
+
+Find = Callable[[int], BlockResiduals | None]
+
+
+@dataclass(frozen=True)
+class DriftPlan:
+    """FLOPs that the routed blocks of one sample may take at each step [T], and what is left over goes to the next."""
+
+    allotted: tuple[float, ...]
+
+    @property
+    def cost(self) -> float:
+        """Summed over the steps."""
+        return math.fsum(self.allotted)
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.allotted)
+
+
+class DriftGates:
+    """Which blocks run, by how far their residual moved when it was last computed, relative to its length, times its age.
+
+    Args:
+        reuse: of residuals; `max_reuses` bounds how long a block may stay out.
+        planner: of the backbone; knows the routed blocks and their costs.
+    """
+
+    def __init__(self, reuse: Reuse, planner: Planner) -> None:
+        self.reuse, self.planner = reuse, planner
+        self.clear()
+
+    def begin(self, context: StepContext) -> None:
+        """A pass begins."""
+        self._chosen = None
+
+    def clear(self) -> None:
+        """Drop what belongs to one generation."""
+        self._chosen: list[set[int]] | None = None
+        self._saved: dict[int, list[float]] = {}
+
+    def plan(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> DriftPlan | None:
+        """What a generation whose token schedule is `kept` may spend, or None where every block runs."""
+        if budget.everything or budget.kind == "keep":
+            return None
+        return self.planner.once(("drift", budget, request, self.reuse), lambda: self._solve(request, budget, kept))
+
+    def _solve(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> DriftPlan:
+        planner, steps = self.planner, len(kept)
+        dense, always = planner.dense_flops(request.tokens, request.text_tokens)
+        whole = [
+            sum(self._price(block, k, request) for block, k in zip(planner.routed, row, strict=True)) for row in kept
+        ]
+        left = (budget.value * dense - always) * steps
+        if left <= 0 or budget.value * dense * steps < always * steps + whole[0]:
+            # The first step always runs everything: there is nothing yet to reuse.
+            nearest = math.ceil(1e4 * (always * steps + whole[0]) / (dense * steps)) / 1e4
+            raise BudgetError(
+                f"compute={budget.value} cannot be reached in {steps} steps: the first runs everything. The nearest is "
+                f"compute={nearest}.",
+                nearest=nearest,
+            )
+        # As much warm-up as was asked for and the budget allows; the steps after it share the rest by their own cost.
+        warm = max(1, math.ceil(self.reuse.warmup * steps))
+        while warm > 1 and math.fsum(whole[:warm]) > left:
+            warm -= 1
+        rest = min(1.0, (left - math.fsum(whole[:warm])) / math.fsum(whole[warm:])) if warm < steps else 1.0
+        return DriftPlan((*whole[:warm], *(rest * cost for cost in whole[warm:])))
+
+    def decide(
+        self, block: int, counts: tuple[int, ...], plan: DriftPlan, context: StepContext, find: Find, request: Request
+    ) -> tuple[Part, ...]:
+        """What each of the B samples does in this block; settled for all blocks at the first one of a pass.
+
+        Args:
+            block: index of the block.
+            counts: tokens that each sample keeps where it runs [B].
+            plan: of the generation.
+            context: of the pass.
+            find: block -> its residuals in this pass.
+            request: of the generation.
+        """
+        chosen = self._chosen
+        if chosen is None or len(chosen) != len(counts):
+            chosen = self._chosen = self._choose(counts, plan, context, find, request)
+        entry = find(block)
+        return tuple(
+            Part("run", kept)
+            if block in runs or entry is None or not entry.complete[sample]  # without memory for residuals it must run
+            else Part("reuse", 0)
+            for sample, (kept, runs) in enumerate(zip(counts, chosen, strict=True))
+        )
+
+    def _choose(
+        self, counts: tuple[int, ...], plan: DriftPlan, context: StepContext, find: Find, request: Request
+    ) -> list[set[int]]:
+        """The blocks that run, for each sample: those that need it most, as far as the step's allotment goes."""
+        needs = self._needs(len(counts), context.step, find)
+        saved = self._saved.get(context.call)
+        if saved is None or len(saved) != len(counts):
+            saved = self._saved[context.call] = [0.0] * len(counts)
+        chosen: list[set[int]] = []
+        for sample, kept in enumerate(counts):
+            left = plan.allotted[context.step] * (1 + 1e-9) + saved[sample]
+            runs: set[int] = set()
+            for block in sorted(self.planner.routed, key=lambda block: -needs[block][sample]):
+                price = self._price(block, kept, request)
+                if price <= left:
+                    runs.add(block)
+                    left -= price
+            saved[sample] = left
+            chosen.append(runs)
+        return chosen
+
+    def _needs(self, batch: int, step: int, find: Find) -> dict[int, list[float]]:
+        """How much each block needs to run, per sample; one transfer for all blocks."""
+        entries = {block: find(block) for block in self.planner.routed}
+        moved = {block: entry.relative_drift() for block, entry in entries.items() if entry is not None}
+        drifts: dict[int, list[float]] = {}
+        if moved:
+            drifts = dict(zip(moved, torch.stack(list(moved.values())).tolist(), strict=True))
+        needs: dict[int, list[float]] = {}
+        for block, entry in entries.items():
+            if entry is None:
+                needs[block] = [math.inf] * batch
+                continue
+            ages = [step - ran for ran in entry.ran_at]
+            needs[block] = [
+                drift * age if entry.may_serve(sample, self.reuse.max_reuses) else math.inf
+                for sample, (drift, age) in enumerate(zip(drifts[block], ages, strict=True))
+            ]
+        return needs
+
+    def _price(self, block: int, kept: int, request: Request) -> float:
+        return self.planner.costs[block].flops(kept, request.text_tokens, attended=request.attended)

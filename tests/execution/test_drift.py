@@ -1,0 +1,136 @@
+"""Block routing without training: which blocks run, what it costs, and the limits."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+import shivelight as sl
+from shivelight.adapter import routed_of
+
+PROMPTS = ["a red apple", "blue bird"]
+
+
+def inputs(batch: int, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, 4, 16, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, 7, 32, generator=generator),
+        "pooled_projections": torch.randn(batch, 32, generator=generator),
+    }
+
+
+@torch.no_grad()
+def walk(pipe: StableDiffusion3Pipeline, call: dict[str, Tensor], steps: int) -> Tensor:
+    pipe._guidance_scale = 0.0
+    pipe.scheduler.set_timesteps(steps)
+    latents = call["hidden_states"]
+    for time in pipe.scheduler.timesteps:
+        here = call | {"hidden_states": latents, "timestep": time.expand(len(latents))}
+        latents = pipe.scheduler.step(pipe.transformer(**here, return_dict=False)[0], time, latents)[0]
+    pipe.transformer._reset_stateful_cache()
+    return latents
+
+
+def free(pipe: StableDiffusion3Pipeline, compute: float = 0.6, axis: Any = "blocks", **reuse: Any) -> Any:
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=compute, axis=axis, **reuse))
+    return routed_of(pipe)
+
+
+def test_the_blocks_that_moved_most_run_as_far_as_the_budget_goes(pipe: StableDiffusion3Pipeline) -> None:
+    routed = free(pipe, 0.6, warmup=0.1)
+    needs: dict[int, dict[int, float]] = {}
+    ran: dict[int, set[int]] = {}
+    memory: dict[int, tuple[Tensor, int, float]] = {}
+
+    def watch(block: int, x: Tensor, out: Tensor, kept: Any, text: Any) -> None:
+        step = routed.context.step
+        if block == routed.routed[0]:
+            needs[step] = {
+                b: memory[b][2] * (step - memory[b][1]) if b in memory else float("inf") for b in routed.routed
+            }
+            ran[step] = set()
+        residual = out - x
+        if block not in memory or not torch.allclose(residual, memory[block][0], atol=1e-6):
+            before = memory[block][0] if block in memory else torch.zeros_like(residual)
+            memory[block] = (residual, step, float((residual - before).norm() / residual.norm()))
+            ran[step].add(block)
+        else:
+            torch.testing.assert_close(out, x + memory[block][0])
+
+    routed.observer = watch
+    walk(pipe, inputs(1), 12)
+    assert ran[0] == set(routed.routed) and sum(len(blocks) for blocks in ran.values()) < 30
+    assert len({frozenset(blocks) for blocks in ran.values()}) > 2
+    # Blocks 2 and 3 cost the same (dual attention makes block 1 dearer), so the one that needs it more runs first.
+    for step, blocks in ran.items():
+        for block, other in ((2, 3), (3, 2)):
+            if block in blocks and other not in blocks:
+                assert needs[step][block] >= needs[step][other]
+
+
+@pytest.mark.parametrize("axis", ["blocks", "both"])
+@pytest.mark.parametrize("compute", [0.8, 0.55])
+def test_the_budget_is_met_from_below_within_one_block(
+    pipe: StableDiffusion3Pipeline, axis: str, compute: float
+) -> None:
+    routed = free(pipe, compute, axis)
+    walk(pipe, inputs(1), 10)  # the length of the text is known from here on
+    planned = sl.planned_ratio(pipe, 10)
+    walk(pipe, inputs(2), 10)
+    dense = 10 * routed.planner.dense_flops(64, 7)[0]
+    dearest = max(cost.flops(64, 7) for cost in routed.planner.costs)
+    assert planned <= compute and planned - dearest / dense <= routed.spending.ratio <= planned * (1 + 1e-9)
+
+
+def test_a_batch_is_its_samples_and_guidance_may_be_split(pipe: StableDiffusion3Pipeline) -> None:
+    for axis in ("blocks", "both"):
+        free(pipe, 0.6, axis)
+        call = inputs(3)
+        together = walk(pipe, call, 6)
+        for i in range(3):
+            alone = walk(pipe, {name: value[i : i + 1] for name, value in call.items()}, 6)
+            torch.testing.assert_close(alone[0], together[i], atol=2e-5, rtol=1e-4)
+
+
+def test_everything_is_dense_and_prompts_do_not_meet(pipe: StableDiffusion3Pipeline, sample: Any) -> None:
+    dense = sample(pipe, PROMPTS[:1])
+    free(pipe, 0.6)
+    routed = sample(pipe, PROMPTS[:1])
+    assert not torch.equal(routed, dense)
+    sample(pipe, PROMPTS[1:])
+    assert torch.equal(sample(pipe, PROMPTS[:1]), routed)
+    assert "residual moves run" in sl.summary(pipe)
+    sl.set_budget(pipe, compute=1.0)
+    assert torch.equal(sample(pipe, PROMPTS[:1]), dense)
+    sl.detach(pipe)
+    assert torch.equal(sample(pipe, PROMPTS[:1]), dense)
+
+
+def test_without_memory_blocks_run(pipe: StableDiffusion3Pipeline) -> None:
+    routed = free(pipe, 0.6, max_cache_mb=1e-6)
+    walk(pipe, inputs(1), 4)
+    assert routed.spending.ratio == 1.0
+
+
+def test_what_cannot_be_is_refused(pipe: StableDiffusion3Pipeline) -> None:
+    with pytest.raises(sl.AdapterError, match="give compute="):
+        sl.RoutingConfig.training_free(axis="blocks")
+    with pytest.raises(sl.AdapterError, match="knows no widths"):
+        sl.BlockRouting(router="drift")
+    with pytest.raises(sl.AdapterError, match="give RoutingConfig reuse"):
+        sl.RoutingConfig(None, sl.BlockRouting(router="drift", widths=(1.0,)))
+    with pytest.raises(sl.AdapterError, match="axis is 'width'"):
+        sl.RoutingConfig.training_free(compute=0.5, axis="width")  # type: ignore[arg-type]
+    with pytest.raises(sl.AdapterError, match="no keep beside it"):
+        sl.RoutingConfig(keep=0.5, compute=0.5)
+    with pytest.raises(sl.UnsupportedBackboneError, match="Attach to the pipeline"):
+        sl.attach(pipe.transformer, sl.RoutingConfig.training_free(compute=0.5, axis="blocks"))
+    free(pipe, 0.6)
+    with pytest.raises(sl.BudgetError, match="first runs everything.*nearest"):
+        sl.set_budget(pipe, compute=0.05)
+    with pytest.raises(sl.BudgetError, match="in 2 steps"):
+        sl.set_budget(pipe, compute=0.5)
+        walk(pipe, inputs(1), 2)
