@@ -72,7 +72,7 @@ def test_the_blocks_that_moved_most_run_as_far_as_the_budget_goes(pipe: StableDi
 
 
 @pytest.mark.parametrize("axis", ["blocks", "both"])
-@pytest.mark.parametrize("compute", [0.8, 0.55])
+@pytest.mark.parametrize("compute", [0.8, 0.7, 0.63, 0.55])
 def test_the_budget_is_met_from_below_within_one_block(
     pipe: StableDiffusion3Pipeline, axis: str, compute: float
 ) -> None:

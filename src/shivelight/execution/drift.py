@@ -46,7 +46,8 @@ class DriftGates:
 
     def __init__(self, reuse: Reuse, planner: Planner) -> None:
         self.reuse, self.planner = reuse, planner
-        self.clear()
+        self._chosen: list[set[int]] | None = None
+        self._saved: dict[int, list[float]] = {}
 
     def begin(self, context: StepContext) -> None:
         """A pass begins."""
@@ -54,8 +55,8 @@ class DriftGates:
 
     def clear(self) -> None:
         """Drop what belongs to one generation."""
-        self._chosen: list[set[int]] | None = None
-        self._saved: dict[int, list[float]] = {}
+        self._chosen = None
+        self._saved = {}
 
     def plan(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> DriftPlan | None:
         """What a generation whose token schedule is `kept` may spend, or None where every block runs."""
@@ -86,46 +87,54 @@ class DriftGates:
         return DriftPlan((*whole[:warm], *(rest * cost for cost in whole[warm:])))
 
     def decide(
-        self, block: int, counts: tuple[int, ...], plan: DriftPlan, context: StepContext, find: Find, request: Request
+        self,
+        block: int,
+        batch: int,
+        kept: Sequence[int],
+        plan: DriftPlan,
+        context: StepContext,
+        find: Find,
+        request: Request,
     ) -> tuple[Part, ...]:
         """What each of the B samples does in this block; settled for all blocks at the first one of a pass.
 
         Args:
             block: index of the block.
-            counts: tokens that each sample keeps where it runs [B].
+            batch: B.
+            kept: tokens that each routed block keeps at this step where it runs [L].
             plan: of the generation.
             context: of the pass.
             find: block -> its residuals in this pass.
             request: of the generation.
         """
         chosen = self._chosen
-        if chosen is None or len(chosen) != len(counts):
-            chosen = self._chosen = self._choose(counts, plan, context, find, request)
+        if chosen is None or len(chosen) != batch:
+            chosen = self._chosen = self._choose(batch, kept, plan, context, find, request)
         entry = find(block)
         return tuple(
-            Part("run", kept)
+            Part("run", kept[self.planner.routed.index(block)])
             if block in runs or entry is None or not entry.complete[sample]  # without memory for residuals it must run
             else Part("reuse", 0)
-            for sample, (kept, runs) in enumerate(zip(counts, chosen, strict=True))
+            for sample, runs in enumerate(chosen)
         )
 
     def _choose(
-        self, counts: tuple[int, ...], plan: DriftPlan, context: StepContext, find: Find, request: Request
+        self, batch: int, kept: Sequence[int], plan: DriftPlan, context: StepContext, find: Find, request: Request
     ) -> list[set[int]]:
         """The blocks that run, for each sample: those that need it most, as far as the step's allotment goes."""
-        needs = self._needs(len(counts), context.step, find)
+        needs = self._needs(batch, context.step, find)
+        prices = {block: self._price(block, k, request) for block, k in zip(self.planner.routed, kept, strict=True)}
         saved = self._saved.get(context.call)
-        if saved is None or len(saved) != len(counts):
-            saved = self._saved[context.call] = [0.0] * len(counts)
+        if saved is None or len(saved) != batch:
+            saved = self._saved[context.call] = [0.0] * batch
         chosen: list[set[int]] = []
-        for sample, kept in enumerate(counts):
+        for sample in range(batch):
             left = plan.allotted[context.step] * (1 + 1e-9) + saved[sample]
             runs: set[int] = set()
             for block in sorted(self.planner.routed, key=lambda block: -needs[block][sample]):
-                price = self._price(block, kept, request)
-                if price <= left:
+                if prices[block] <= left:
                     runs.add(block)
-                    left -= price
+                    left -= prices[block]
             saved[sample] = left
             chosen.append(runs)
         return chosen

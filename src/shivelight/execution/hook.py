@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.hooks import ModelHook
+from diffusers.models.activations import ApproximateGELU
 from torch import Tensor, nn
 
 from shivelight.backbones.spec import BackboneSpec
@@ -52,6 +53,25 @@ class EmbeddingHook(ModelHook):
         return output
 
 
+# What `RoutingConfig.activation` names, as the classes that compute it after a projection `proj`.
+ACTIVATIONS: dict[str, type[nn.Module]] = {"quick-gelu": ApproximateGELU}
+
+
+class ActivationHook(ModelHook):
+    """On the module that projects up and activates: another activation after the same projection.
+
+    The projection is looked up at each call, so that a LoRA around it and narrowed weights count as ever.
+    """
+
+    def __init__(self, activation: str) -> None:
+        super().__init__()
+        self.computing = ACTIVATIONS[activation]
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """In the place of the module's forward."""
+        return self.computing.forward(module, *args, **kwargs)
+
+
 class BlockCall:
     """One call of a block's forward, with its arguments by name.
 
@@ -89,6 +109,15 @@ class BlockCall:
                 if self.arguments.get(name) is not None:
                     moved[name] = gather_tokens(self.arguments[name], indices)
         return self.arguments | moved
+
+    def of_samples(self, samples: Tensor, runs: bool) -> "BlockCall":
+        """The same call for some samples of the batch [b]: all arguments where the block runs, else the streams alone."""
+        batch, arguments = len(self.image), self.arguments if runs else self.streams
+        shared = self.spec.shared_arguments
+        taken = {
+            name: value if name in shared else take_samples(value, samples, batch) for name, value in arguments.items()
+        }
+        return BlockCall(self.spec, (), taken)
 
     def split(self, output: Any) -> tuple[Tensor, Tensor | None]:
         """(image, text) of what the block returned."""
@@ -212,12 +241,10 @@ class BlockHook(ModelHook):
         one real, smaller run."""
         if len(parts) == 1:
             return self._run_part(module, call, parts[0], selection, entry)
-        batch = len(parts)
         groups, images, texts = [], [], []
         for part in sorted(set(parts), key=lambda part: (part.action, part.tokens, part.width)):
             samples = torch.tensor([i for i, other in enumerate(parts) if other == part], device=call.image.device)
-            arguments = call.arguments if part.action == "run" else call.streams
-            inner = BlockCall(call.spec, (), take_samples(arguments, samples, batch))  # type: ignore[arg-type]
+            inner = call.of_samples(samples, runs=part.action == "run")
             own = None if entry is None else entry.take(samples)
             image, text, _ = self._run_part(module, inner, part, selection.take(samples), own)
             if entry is not None and own is not None:

@@ -303,25 +303,31 @@ class Routed(nn.Module):
         counts = self.kept_counts(block, batch, tokens, text_tokens)
         request = self.request(self.context.steps or GRID, tokens, text_tokens)
         parts = tuple(Part("run", k) for k in counts)
-        if self.drift is not None and (moving := self.drift.plan(request, self.budget, self.schedule(request).keep)):
-            find = lambda block: self.residuals.find((self.context.call, block), x, text) if self.reuses else None  # noqa: E731
-            parts = self.drift.decide(block, counts * (batch // len(counts)), moving, self.context, find, request)
+        schedule = self.schedule(request)
+        if self.drift is not None and (moving := self.drift.plan(request, self.budget, schedule.keep)):
+            row, context = schedule.row(self.context.step), self.context
+            parts = self.drift.decide(
+                block, batch, row, moving, context, lambda other: self._entry(other, x, text), request
+            )
         elif self.gates is not None:
-            kept = self.schedule(request).keep
-            plan = self.gates.plan(request, self.budget, kept)
+            plan = self.gates.plan(request, self.budget, schedule.keep)
             if plan is not None:
                 parts = self.gates.decide(
                     block,
                     counts * (batch // len(counts)),
                     plan,
                     self.context,
-                    self.residuals.find((self.context.call, block), x, text) if self.reuses else None,
-                    self.gates.hard_bound(request, self.budget, kept),
+                    self._entry(block, x, text),
+                    self.gates.hard_bound(request, self.budget, schedule.keep),
                     lambda block, first: self.read_gates(block, x[first:], text, first),
                     request,
                 )
         self._account(block, parts if len(parts) == batch else parts * batch, request)
         return parts[:1] if len(set(parts)) == 1 else parts
+
+    def _entry(self, block: int, x: Tensor, text: Tensor | None) -> BlockResiduals | None:
+        """The residuals of a block in this pass, where some are reused and fit."""
+        return self.residuals.find((self.context.call, block), x, text) if self.reuses else None
 
     def read_gates(self, block: int, x: Tensor, text: Tensor | None, first: int = 0) -> Tensor:
         """Gate and width logits [b, 1 + S] of x [b, N, D], the samples of the batch from `first` on."""
