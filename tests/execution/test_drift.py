@@ -85,6 +85,23 @@ def test_the_budget_is_met_from_below_within_one_block(
     assert planned <= compute and planned - dearest / dense <= routed.spending.ratio <= planned * (1 + 1e-9)
 
 
+def test_each_block_has_its_own_price_at_each_step(pipe: StableDiffusion3Pipeline) -> None:
+    tokens = sl.TokenRouting(scores="drift", policy_width=16, granularity=1)
+    blocks = sl.BlockRouting(router="drift", widths=(1.0,))
+    sl.attach(pipe, sl.RoutingConfig(tokens, blocks, reuse=sl.Reuse(warmup=0.1), compute=0.6))
+    routed = routed_of(pipe)
+    with torch.no_grad():
+        routed.policy.layer_out.copy_(
+            3 * torch.randn(routed.policy.layer_out.shape, generator=torch.Generator().manual_seed(0))
+        )
+    walk(pipe, inputs(1), 12)
+    assert len(set(sl.current_schedule(pipe, 12).keep[-1])) > 1
+    planned = sl.planned_ratio(pipe, 12)
+    walk(pipe, inputs(2), 12)
+    dearest = max(cost.flops(64, 7) for cost in routed.planner.costs) / (12 * routed.planner.dense_flops(64, 7)[0])
+    assert planned - dearest <= routed.spending.ratio <= planned * (1 + 1e-9) <= 0.6 * (1 + 1e-9)
+
+
 def test_a_batch_is_its_samples_and_guidance_may_be_split(pipe: StableDiffusion3Pipeline) -> None:
     for axis in ("blocks", "both"):
         free(pipe, 0.6, axis)
