@@ -4,10 +4,12 @@
 
 Validation captions (the test set judges, and tunes nothing), same seeds, PSNR and SSIM to the dense pictures. The rows vary
 one field of `Reuse` at a time from its default; `no-reuse` lets rejected tokens pass through unchanged; `trained` is the
-shipped adapter, which learned without reuse.
+shipped adapter, which learned without reuse; `blocks` and `both` leave out whole blocks, and blocks and tokens, at the
+planned FLOPs of the default.
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +60,24 @@ def main() -> None:
         print(f"{name:>14} {point.name:<32} planned {planned:.3f}  PSNR {row['psnr_to_dense']:.2f} dB", flush=True)
         return planned
 
-    plans = set()
+    plans, defaults = set(), []
     for keep in args.keep:
         for name, fields in VARIANTS.items():
             planned = judge(
                 name, comparison.routed_point("training-free", keep=keep, variant={"reuse": sl.Reuse(**fields)})
             )
             plans.add(round(planned * setting.steps))
+            if not fields:
+                defaults.append(math.floor(1e4 * planned) / 1e4)
         for scores in ("norm", "random"):
             judge(f"{scores} scores", comparison.routed_point(f"{scores}+reuse", keep=keep, variant={"scores": scores}))
     for steps in sorted(plans, reverse=True):
         judge("", comparison.dense(steps))
+    for axis in ("blocks", "both"):
+        sl.attach(pipe, sl.RoutingConfig.training_free(compute=0.7, axis=axis))
+        comparison = Comparison(pipe, setting)
+        for plan in defaults:
+            judge(axis, comparison.routed_point("training-free", compute=plan))
     sl.attach(pipe, sl.RoutingConfig(sl.TokenRouting(scores="random", ratios="fixed")))
     comparison = Comparison(pipe, setting)
     for keep in args.keep:
