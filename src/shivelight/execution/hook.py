@@ -12,7 +12,7 @@ from shivelight.errors import ShivelightError
 from shivelight.execution.gates import Part
 from shivelight.execution.reuse import BlockResiduals
 from shivelight.execution.routed import Routed
-from shivelight.execution.tokens import gather_tokens, merge_samples, take_samples, write_back
+from shivelight.execution.tokens import gather_tokens, merge_samples, sample_index, take_samples, write_back
 from shivelight.execution.width import call_narrow, masked_channels
 from shivelight.routing import token_mask, top_k_indices
 
@@ -243,12 +243,13 @@ class BlockHook(ModelHook):
             return self._run_part(module, call, parts[0], selection, entry)
         groups, images, texts = [], [], []
         for part in sorted(set(parts), key=lambda part: (part.action, part.tokens, part.width)):
-            samples = torch.tensor([i for i, other in enumerate(parts) if other == part], device=call.image.device)
+            members = [i for i, other in enumerate(parts) if other == part]
+            samples = sample_index(members, call.image.device)
             inner = call.of_samples(samples, runs=part.action == "run")
-            own = None if entry is None else entry.take(samples)
+            own = None if entry is None else entry.take(samples, members)
             image, text, _ = self._run_part(module, inner, part, selection.take(samples), own)
             if entry is not None and own is not None:
-                entry.put(samples, own)
+                entry.put(samples, members, own)
             groups.append(samples)
             images.append(image)
             texts.append(text)

@@ -6,6 +6,7 @@ shape changes, or when memory runs out. Shapes: B samples, N image tokens, M tex
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,9 +49,8 @@ class BlockResiduals:
         same_text = (None if self.text is None else self.text.shape) == (None if text is None else text.shape)
         return same_text and (kept.shape, kept.dtype, kept.device) == (x.shape, x.dtype, x.device)
 
-    def take(self, samples: Tensor) -> "BlockResiduals":
-        """The entries of some samples [b] (int64, on x's device), as copies."""
-        chosen = samples.tolist()
+    def take(self, samples: Tensor, chosen: Sequence[int]) -> "BlockResiduals":
+        """The entries of some samples, as copies; their numbers [b] on x's device, and on the host."""
         part = BlockResiduals.__new__(BlockResiduals)
         part.residual, part.refreshed = self.residual[samples], self.refreshed[samples]
         part.drift, part.text = self.drift[samples], None if self.text is None else self.text[samples]
@@ -61,7 +61,7 @@ class BlockResiduals:
         part.projections = {name: p[samples] for name, p in self.projections.items()} if all(part.complete) else {}
         return part
 
-    def put(self, samples: Tensor, part: "BlockResiduals") -> None:
+    def put(self, samples: Tensor, chosen: Sequence[int], part: "BlockResiduals") -> None:
         """Write back what `take` gave out."""
         for name in ("residual", "refreshed", "drift"):
             getattr(self, name)[samples] = getattr(part, name)
@@ -71,7 +71,7 @@ class BlockResiduals:
             if name not in self.projections:
                 self.projections[name] = projection.new_zeros(len(self.complete), *projection.shape[1:])
             self.projections[name][samples] = projection
-        for place, sample in enumerate(samples.tolist()):
+        for place, sample in enumerate(chosen):
             self.complete[sample], self.reused[sample] = part.complete[place], part.reused[place]
             self.ran_at[sample] = part.ran_at[place]
 

@@ -32,6 +32,13 @@ def _rows(x: Tensor, indices: Tensor) -> Tensor:
     return (indices + tokens * torch.arange(batch, device=x.device)[:, None]).flatten()
 
 
+def sample_index(samples: Sequence[int], device: torch.device) -> Tensor:
+    """Indices of samples on a device, int64 [b], without waiting for what the device is doing."""
+    index = torch.tensor(samples)
+    # From ordinary memory the copy would wait; from pinned memory it is queued.
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+
+
 def take_samples(value: object, samples: Tensor, batch: int) -> object:
     """The chosen samples of anything with a batch dimension; everything else as it is (containers are searched)."""
     if isinstance(value, Tensor):
