@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from shivelight.cli import common
 from shivelight.cli.train import run_with_progress
-from shivelight.config import BlockRouting, DeltaConfig, RoutingConfig, TokenRouting
+from shivelight.config import BlockRouting, DeltaConfig, Reuse, RoutingConfig, TokenRouting
 from shivelight.demo import pipeline as embedded
 from shivelight.demo.export import export_images
 from shivelight.training.data import build_cache, read_folder
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         action="append",
-        choices=["tokens", "dense-finetuned", "blocks", "tokens+blocks"],
+        choices=["tokens", "dense-finetuned", "tokens-reuse", "blocks", "tokens+blocks"],
         help="repeat it; tokens and dense-finetuned by default",
     )
     parser.add_argument("--gate-target", type=float, default=0.5)
@@ -81,6 +81,7 @@ def main() -> None:
             RoutingConfig(None, deltas=deltas),
             dataclasses.replace(config, router_steps=0, policy_steps=0, joint_steps=config.total_steps),
         ),
+        "tokens-reuse": (RoutingConfig(TokenRouting(sees_drift=True), deltas=deltas, reuse=Reuse(warmup=0.04)), config),
         # No policy to train; its steps go to the routers.
         "blocks": (
             RoutingConfig(None, BlockRouting(), deltas),

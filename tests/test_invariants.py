@@ -137,6 +137,12 @@ class PlainSession:
     def decide(self, block: int, scores: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         return scores, self.counts[block]
 
+    def drift(self, block: int) -> None:
+        return None
+
+    def residuals(self, block: int, x: Tensor) -> None:
+        return None
+
     def enter(self, block: int, x: Tensor, kept: Tensor) -> Tensor:
         self.kept[block] = kept
         return x

@@ -32,6 +32,8 @@ class TokenRouting:
             element-wise maximum of both branches' scores, for batched guidance only.
         granularity: kept counts are multiples of this many tokens, as far as N divides by it and stays 32 times as
             large; matrix kernels are fastest there, and there are fewer shapes to prepare or compile.
+        sees_drift: whether the learned router also sees how far each token's last residual moved times its age, and learns
+            what is gained by computing it anew; needs `RoutingConfig.reuse`.
         seed: of the "random" scores.
     """
 
@@ -43,6 +45,7 @@ class TokenRouting:
     ratios: Literal["policy", "fixed"] = "policy"
     cfg_scores: Literal["cond", "max"] = "cond"
     granularity: int = 8
+    sees_drift: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -186,6 +189,9 @@ class RoutingConfig:
             what does not run pass through unchanged.
         keep: the `keep` budget in force once attached; 1.0 runs everything until `set_budget`.
         compute: the `compute` budget in force once attached, in the place of `keep`, or None.
+        activation: of the image stream's MLPs, where the backbone's weights were tuned with another one than its class
+            has; "quick-gelu" is h * sigmoid(1.702 h). It belongs to the weights, so `dense` keeps it; `detach` takes it
+            off. None leaves the class's own.
     """
 
     tokens: TokenRouting | None = field(default_factory=TokenRouting)
@@ -194,18 +200,20 @@ class RoutingConfig:
     reuse: Reuse | None = None
     keep: float = 1.0
     compute: float | None = None
+    activation: Literal["quick-gelu"] | None = None
 
     def __post_init__(self) -> None:
         _require(
             self.tokens is not None or self.blocks is not None or self.deltas is not None,
             "RoutingConfig has neither tokens, blocks nor deltas: there is nothing to attach.",
         )
-        drifting = (self.tokens is not None and self.tokens.scores == "drift") or (
+        drifting = (self.tokens is not None and (self.tokens.scores == "drift" or self.tokens.sees_drift)) or (
             self.blocks is not None and self.blocks.router == "drift"
         )
         _require(
             not drifting or self.reuse is not None,
-            "scores='drift' and router='drift' go by the residuals of earlier steps; give RoutingConfig reuse=Reuse() too.",
+            "scores='drift', sees_drift and router='drift' go by the residuals of earlier steps; give RoutingConfig "
+            "reuse=Reuse() too.",
         )
         _require(
             self.reuse is None or self.tokens is not None or self.blocks is not None,
@@ -216,6 +224,8 @@ class RoutingConfig:
             f"RoutingConfig.keep is {self.keep!r}; give a mean keep ratio in (0, 1].",
         )
         _require(self.keep == 1 or self.tokens is not None, "RoutingConfig.keep below 1 needs tokens.")
+        if self.activation is not None:
+            _one_of("RoutingConfig.activation", self.activation, ("quick-gelu",))
         _require(
             self.compute is None
             or (isinstance(self.compute, int | float) and 0 < self.compute <= 1 and self.keep == 1),
@@ -255,7 +265,8 @@ class RoutingConfig:
         _check_names(cls, data)
         parts = {"tokens": TokenRouting, "blocks": BlockRouting, "deltas": DeltaConfig, "reuse": Reuse}
         read = {name: _part(part, data.get(name)) for name, part in parts.items()}
-        return cls(**read, keep=data.get("keep", 1.0), compute=data.get("compute"))
+        single = {"keep": 1.0, "compute": None, "activation": None}
+        return cls(**read, **{name: data.get(name, default) for name, default in single.items()})
 
 
 def _part(cls: type, data: dict[str, Any] | None) -> Any:

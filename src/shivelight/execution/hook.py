@@ -315,7 +315,8 @@ class BlockHook(ModelHook):
             for run, k in zip(runs, counts * (batch // len(counts)), strict=True)
         )
         parts = parts[:1] if len(set(parts)) == 1 else parts
-        image, text, _ = self._route(module, inner, parts, Selection(scores, masks), None)
+        entry = None if session is None else session.residuals(self.block, x)
+        image, text, _ = self._route(module, inner, parts, Selection(scores, masks), entry)
         if session is not None and kept is not None:
             image = session.leave(self.block, entered, image, kept)
         if gating is not None:

@@ -102,6 +102,12 @@ class BlockResiduals:
         age = (step - self.refreshed).float()
         return torch.where(age > max_age, _EXPIRED * (1 + age / max_age), self.drift * age)
 
+    def log_drift(self, step: int, max_age: int) -> tuple[Tensor, Tensor]:
+        """What a router is shown, `centred_log_drift` of `scores` [B, N] (0 where expired); and the expired tokens [B, N]."""
+        scores = self.scores(step, max_age)
+        expired = scores >= _EXPIRED
+        return torch.where(expired, 0.0, centred_log_drift(torch.where(expired, 1.0, scores))), expired
+
     def complete_projection(self, name: str, indices: Tensor | None, output: Tensor) -> Tensor:
         """A key or value projection of all tokens, from that of the tokens that run and the last one of the others.
 
@@ -154,6 +160,40 @@ class BlockResiduals:
         return write_back(completed, indices, out)
 
 
+class CachedPass(BlockResiduals):
+    """Residuals of an earlier pass as training simulates it: they serve one pass and are not brought up to date.
+
+    Args:
+        x: [B, N, D], tells shape, dtype and device.
+        residual: [B, N, D], of every token.
+        drift: [B, N] fp32, how far it had moved, times its age.
+        projections: by name [B, N, E]; written over in place.
+    """
+
+    def __init__(self, x: Tensor, residual: Tensor, drift: Tensor, projections: dict[str, Tensor]) -> None:
+        super().__init__(x[:, :0])
+        self.residual, self.drift, self.projections = residual, drift, projections
+        self.complete = [True] * len(x)
+
+    def take(self, samples: Tensor, chosen: Sequence[int]) -> "CachedPass":
+        """The entries of some samples, as copies."""
+        projections = {name: projection[samples] for name, projection in self.projections.items()}
+        return CachedPass(self.residual[samples], self.residual[samples], self.drift[samples], projections)
+
+    def put(self, samples: Tensor, chosen: Sequence[int], part: BlockResiduals) -> None:
+        """Nothing is brought up to date."""
+
+    def update(self, x: Tensor, indices: Tensor | None, out: Tensor, step: int, max_age: int) -> Tensor:
+        """The block's output [B, N, D] completed by the residuals, as `BlockResiduals.update` does, with gradients."""
+        return out if indices is None else write_back(x + self.residual.to(x.dtype), indices, out)
+
+
+def centred_log_drift(drift: Tensor) -> Tensor:
+    """log of (how far a residual moved times its age) [B, N], less its mean over the tokens; fp32."""
+    logs = drift.float().clamp(min=1e-6).log()
+    return logs - logs.mean(dim=1, keepdim=True)
+
+
 class ResidualCache:
     """Residuals of all blocks within a bound on memory; the entry that was written longest ago goes first.
 
@@ -180,6 +220,16 @@ class ResidualCache:
         if entry is None or entry.residual[samples].shape != x.shape:
             return None
         return entry.scores(step, max_age)[samples]
+
+    def log_drift(
+        self, place: tuple[int, int], x: Tensor, samples: slice, step: int, max_age: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """`BlockResiduals.log_drift` of the chosen samples, or None where there is no entry."""
+        entry = self._entries.get(place)
+        if entry is None or entry.residual[samples].shape != x.shape:
+            return None
+        drift, expired = entry.log_drift(step, max_age)
+        return drift[samples], expired[samples]
 
     def find(self, place: tuple[int, int], x: Tensor, text: Tensor | None = None) -> BlockResiduals | None:
         """The entry of a (pass, block) for tokens x [B, N, D], where one fits."""

@@ -30,6 +30,12 @@ class Session(Protocol):
     def decide(self, block: int, scores: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Scores to rank by [B, N], and how many tokens each sample keeps."""
 
+    def drift(self, block: int) -> Tensor | None:
+        """`centred_log_drift` [B, N] of the residuals that rejected tokens add; None where they add none."""
+
+    def residuals(self, block: int, x: Tensor) -> BlockResiduals | None:
+        """What rejected tokens add to x [B, N, D], or None."""
+
     def enter(self, block: int, x: Tensor, kept: Tensor) -> Tensor:
         """The block's input [B, N, D], given the mask of kept tokens [B, N]."""
 
@@ -81,8 +87,9 @@ class Routed(nn.Module):
         width, time_width, condition_width = spec.widths(model)
         if tokens is not None and tokens.scores == "learned":
             self.router = TokenRouter(
-                width, time_width, condition_width, self.routed, bottleneck=tokens.bottleneck, share=tokens.share
-            )
+                width, time_width, condition_width, self.routed,
+                bottleneck=tokens.bottleneck, share=tokens.share, sees_drift=tokens.sees_drift,
+            )  # fmt: skip
         if tokens is not None and tokens.ratios == "policy":
             self.policy = RatioPolicy(len(self.routed), target=tokens.initial_keep, hidden=tokens.policy_width)
         self.planner = Planner(
@@ -384,7 +391,19 @@ class Routed(nn.Module):
             return torch.linalg.vector_norm(x.float(), dim=-1) if drift is None else drift
         assert self.router is not None
         time, condition = self._embeddings(x.shape[0], samples)
-        return self.router(block, x, time, condition)
+        if not tokens.sees_drift:
+            return self.router(block, x, time, condition)
+        if self.session is not None:
+            return self.router(block, x, time, condition, self.session.drift(block))
+        known = None
+        if self.config.reuse is not None and self.reuses:
+            place, reuse = (context.call, block), self.config.reuse
+            known = self.residuals.log_drift(place, x, samples, context.step, reuse.max_age)
+        if known is None:
+            return self.router(block, x, time, condition)
+        drift, expired = known
+        # What may not be reused any more is computed anew first.
+        return torch.where(expired, torch.inf, self.router(block, x, time, condition, drift))
 
     def _embeddings(self, rows: int, samples: slice) -> tuple[Tensor, Tensor | None]:
         """Timestep [rows, T] and condition [rows, C] embeddings of the chosen samples of the pass."""

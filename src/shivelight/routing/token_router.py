@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from shivelight.errors import AdapterError
 
+# Of a fresh router: several times the spread of its own scores, so that it ranks by the drift first.
+DRIFT_WEIGHT = 3.0
+
 
 class PairRouter(nn.Module):
     """One router, shared by adjacent blocks that differ in their layer embedding only (Shiva-DiT, router).
@@ -23,10 +26,26 @@ class PairRouter(nn.Module):
 
     P_l of a learned embedding is itself a learned vector, so `layer` holds P_l(l) directly. Only differences between
     the scores of one sample matter, so w has no bias, and the LayerNorm no affine part that w would not absorb.
+
+    Where rejected tokens reuse their last residual, the router may see how much that has aged: d_i, the log of (how far
+    the residual moved when last computed, times its age), centred over the tokens. It enters h through a linear map that
+    starts at zero, and the score directly, s_i + v d_i, so that a fresh router ranks as training-free routing does.
     """
 
-    def __init__(self, width: int, time_width: int, condition_width: int | None, blocks: int, bottleneck: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        time_width: int,
+        condition_width: int | None,
+        blocks: int,
+        bottleneck: int,
+        sees_drift: bool = False,
+    ) -> None:
         super().__init__()
+        self.from_drift = nn.Linear(1, bottleneck, bias=False) if sees_drift else None
+        self.drift_weight = nn.Parameter(torch.full((blocks,), DRIFT_WEIGHT)) if sees_drift else None
+        if self.from_drift is not None:
+            nn.init.zeros_(self.from_drift.weight)
         self.from_tokens = nn.Linear(width, bottleneck)
         self.from_time = nn.Linear(time_width, bottleneck, bias=False)
         self.from_condition = None if condition_width is None else nn.Linear(condition_width, bottleneck, bias=False)
@@ -35,7 +54,14 @@ class PairRouter(nn.Module):
         # temperatures of the soft rank (0.2 at the start) are defined.
         self.score = nn.Parameter(torch.randn(bottleneck) / math.sqrt(bottleneck))
 
-    def forward(self, member: int, x: Tensor, time_embedding: Tensor, condition: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        member: int,
+        x: Tensor,
+        time_embedding: Tensor,
+        condition: Tensor | None,
+        drift: Tensor | None = None,
+    ) -> Tensor:
         """Scores [B, N] in fp32 for the pair's block number `member`; see `TokenRouter.forward`."""
         dtype = self.from_tokens.weight.dtype
         context = self.from_time(time_embedding.to(dtype)) + self.layer[member]
@@ -43,9 +69,15 @@ class PairRouter(nn.Module):
             if condition is None:
                 raise AdapterError("This router was built with a condition; pass the pooled condition [B, C].")
             context = context + self.from_condition(condition.to(dtype))
-        hidden = F.silu(self.from_tokens(x.to(dtype)) + context[:, None]).float()
+        hidden = self.from_tokens(x.to(dtype)) + context[:, None]
+        if self.from_drift is not None and drift is not None:
+            hidden = hidden + drift[..., None].to(dtype) * self.from_drift.weight[:, 0]
+        hidden = F.silu(hidden).float()
         # A product and a sum, not a matmul: autocast would round a matmul's scores to bf16 and make ties of them.
-        return (F.layer_norm(hidden, hidden.shape[-1:]) * self.score.float()).sum(-1)
+        scores = (F.layer_norm(hidden, hidden.shape[-1:]) * self.score.float()).sum(-1)
+        if self.drift_weight is not None and drift is not None:
+            scores = scores + self.drift_weight[member].float() * drift
+        return scores
 
 
 class TokenRouter(nn.Module):
@@ -58,6 +90,7 @@ class TokenRouter(nn.Module):
         blocks: indices in the backbone of the routed blocks; block 0 is normally not among them.
         bottleneck: H; 64 in the paper.
         share: how many adjacent blocks share one router; 2 in the paper, 1 for a router of each block's own.
+        sees_drift: whether `forward` is given the drift of the tokens' last residuals.
     """
 
     def __init__(
@@ -68,6 +101,7 @@ class TokenRouter(nn.Module):
         blocks: Sequence[int],
         bottleneck: int = 64,
         share: int = 2,
+        sees_drift: bool = False,
     ) -> None:
         super().__init__()
         if not blocks or len(set(blocks)) != len(blocks):
@@ -82,7 +116,7 @@ class TokenRouter(nn.Module):
         self._place: dict[int, tuple[str, int]] = {}
         for members in groups.values():
             name = "_".join(str(block) for block in members)
-            self.pairs[name] = PairRouter(width, time_width, condition_width, len(members), bottleneck)
+            self.pairs[name] = PairRouter(width, time_width, condition_width, len(members), bottleneck, sees_drift)
             for member, block in enumerate(members):
                 self._place[block] = (name, member)
 
@@ -91,7 +125,14 @@ class TokenRouter(nn.Module):
         """Indices of the routed blocks, ascending."""
         return tuple(self._place)
 
-    def forward(self, block: int, x: Tensor, time_embedding: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        block: int,
+        x: Tensor,
+        time_embedding: Tensor,
+        condition: Tensor | None = None,
+        drift: Tensor | None = None,
+    ) -> Tensor:
         """Score the tokens at the input of one block.
 
         Args:
@@ -99,6 +140,7 @@ class TokenRouter(nn.Module):
             x: [B, N, D], the image tokens that enter the block.
             time_embedding: [B, T], the backbone's own.
             condition: [B, C], the backbone's pooled condition, or None.
+            drift: [B, N] fp32, see `PairRouter`; None where no residual is known.
 
         Returns:
             [B, N] fp32, higher is kept first. The projections run in the parameters' dtype (or autocast's).
@@ -106,4 +148,4 @@ class TokenRouter(nn.Module):
         if block not in self._place:
             raise AdapterError(f"Block {block} has no router; the routed blocks are {list(self.blocks)}.")
         name, member = self._place[block]
-        return self.pairs[name](member, x, time_embedding, condition)
+        return self.pairs[name](member, x, time_embedding, condition, drift)

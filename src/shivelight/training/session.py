@@ -1,11 +1,15 @@
 """One routed training pass: which tokens and blocks run, and the gradients around those choices."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from shivelight.backbones.spec import BackboneSpec
+from shivelight.execution.reuse import CachedPass, centred_log_drift
 from shivelight.routing import GateLogits, count_unit, gate_probability, keep_count, width_choice
 from shivelight.training.estimators import (
     apply_input_estimator,
@@ -60,6 +64,7 @@ class TokenSession:
         noise: standard deviation of the noise on the scores; 0 ranks as inference does.
         generator: of the noise.
         granularity: of the kept counts, as at inference; k stays continuous in the backward pass.
+        cached: per routed block, what rejected tokens add, from an earlier pass; none without reuse.
         features: the student's outputs of the blocks that are compared.
     """
 
@@ -72,6 +77,7 @@ class TokenSession:
     noise: float = 0.0
     generator: torch.Generator | None = None
     granularity: int = 1
+    cached: dict[int, CachedPass] = field(default_factory=dict)
     features: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,14 +101,26 @@ class TokenSession:
         self._inclusion[block] = inclusion(ranks, k, self.selection_temperature, tokens)
         return scores.detach(), counts if len(counts) == batch else counts * batch
 
+    def drift(self, block: int) -> Tensor | None:
+        """What the router sees of the cached residuals."""
+        cached = self.cached.get(block)
+        return None if cached is None else centred_log_drift(cached.drift)
+
+    def residuals(self, block: int, x: Tensor) -> CachedPass | None:
+        """The cached residuals of a block."""
+        return self.cached.get(block)
+
     def enter(self, block: int, x: Tensor, kept: Tensor) -> Tensor:
         """The paper's estimator scales the inputs."""
         return apply_input_estimator(x, self._inclusion[block], kept) if self.estimator == "input" else x
 
     def leave(self, block: int, x: Tensor, out: Tensor, kept: Tensor) -> Tensor:
-        """The residual estimator adds (pi - sg(pi)) r."""
+        """The residual estimator adds (pi - sg(pi)) r; with reuse, r is what running adds to the cached residual."""
         if self.estimator == "residual":
-            out = apply_residual_estimator(x, out, self._inclusion[block], kept, self.teacher.residuals[block])
+            base, missed = x, self.teacher.residuals[block]
+            if block in self.cached:
+                base, missed = x + self.cached[block].residual, missed - self.cached[block].residual
+            out = apply_residual_estimator(base, out, self._inclusion[block], kept, missed)
         if block in self.teacher.features_at:
             self.features[block] = out
         return out
@@ -180,3 +198,55 @@ class BlockSession:
         """[L, B], shares of the MLPs that were chosen."""
         shares = torch.tensor(self.widths, device=next(iter(self._gates.values())).device)
         return torch.stack([shares[width_choice(said.width.detach())] for said in self.said.values()])
+
+
+class PassRecord:
+    """What one dense pass of the student leaves for later ones: residuals [B, N, D] and the projections that are attended to.
+
+    Args:
+        backbone: the model.
+        spec: of its family.
+        routed: indices of the routed blocks.
+        context: whether projections are kept.
+    """
+
+    def __init__(self, backbone: nn.Module, spec: BackboneSpec, routed: tuple[int, ...], context: bool) -> None:
+        self._blocks, self._routed = spec.block_list(backbone), routed
+        self._names = spec.context_linears if context else ()
+        self.residuals: dict[int, Tensor] = {}
+        self.projections: dict[int, dict[str, Tensor]] = {block: {} for block in routed}
+
+    def __call__(
+        self, block: int, x: Tensor, out: Tensor, kept: Tensor | None, text: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Keep a block's residual, as an `Observer`."""
+        self.residuals[block] = out - x
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Keep the projections of every pass in this block."""
+        handles = []
+        try:
+            for block in self._routed:
+                for name in self._names:
+                    with suppress(AttributeError):  # only some blocks have dual attention
+                        layer = self._blocks[block].get_submodule(name)
+                        handles.append(layer.register_forward_hook(self._keeper(block, name)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keeper(self, block: int, name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+            self.projections[block][name] = output
+
+        return keep
+
+    def aged(self, older: "PassRecord", age: float) -> dict[int, CachedPass]:
+        """The residuals as a pass `age` steps later finds them; `older` says how far they had moved."""
+        cached = {}
+        for block, residual in self.residuals.items():
+            moved = torch.linalg.vector_norm((residual - older.residuals[block]).float(), dim=-1)
+            cached[block] = CachedPass(residual, residual, moved * age, self.projections[block])
+        return cached

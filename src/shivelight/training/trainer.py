@@ -23,6 +23,7 @@ from shivelight.adapter import attach, backbone_of, detach, routed_of
 from shivelight.adapter_files import save_adapter
 from shivelight.config import RoutingConfig
 from shivelight.errors import TrainingError
+from shivelight.execution.reuse import CachedPass
 from shivelight.routing import solve_anchor
 from shivelight.training import checkpoints
 from shivelight.training.data import LatentCache, Sample
@@ -39,7 +40,7 @@ from shivelight.training.losses import (
     stratified_uniform,
 )
 from shivelight.training.ranking import rank_channels
-from shivelight.training.session import BlockSession, TeacherRecord, TokenSession
+from shivelight.training.session import BlockSession, PassRecord, TeacherRecord, TokenSession
 from shivelight.training.stages import StageName, TrainingConfig
 
 
@@ -216,7 +217,8 @@ class Trainer:
                 wanted = self._velocity(noisy, sample, sigmas)
             finally:
                 self.routed.observer = None
-        session, gating = self._token_session(stage, draw, teacher), self._block_session(teacher)
+        cached = self._cached_pass(draw, sample, clean, noise)
+        session, gating = self._token_session(stage, draw, teacher, cached), self._block_session(teacher)
         self.routed.session, self.routed.gate_session = session, gating
         try:
             velocity = self._velocity(noisy, sample, sigmas)
@@ -246,7 +248,35 @@ class Trainer:
             self._record(gating, 1000 * sigmas)
         return {"total": total} | {name: value.detach() for name, value in losses.items()}
 
-    def _token_session(self, stage: StageName, draw: Draw, teacher: TeacherRecord) -> TokenSession | None:
+    @torch.no_grad()
+    def _cached_pass(self, draw: Draw, sample: Sample, clean: Tensor, noise: Tensor) -> dict[int, CachedPass]:
+        """What tokens that are left out add: residuals of the student's own dense passes one to three steps earlier."""
+        reuse = self.routed.config.reuse
+        if reuse is None or self.routed.config.tokens is None:
+            return {}
+        age = 1 + int(torch.randint(3, (), generator=draw.generator))
+        passes = []
+        for steps in (age, age + 1):
+            sigmas = torch.full((len(clean),), self._earlier(draw.sigma, steps), device=clean.device)
+            record = PassRecord(self.backbone, self.routed.spec, self.routed.routed, reuse.context)
+            self.routed.observer = record
+            try:
+                with self.routed.switched(False), record.listening():
+                    self._velocity(noisy_latents(clean, noise, sigmas), sample, sigmas)
+            finally:
+                self.routed.observer = None
+            passes.append(record)
+        return passes[0].aged(passes[1], age)
+
+    def _earlier(self, sigma: float, steps: int) -> float:
+        """The noise level some sampling steps before this one; 1 at the earliest."""
+        plain = sigma / (self._shift - (self._shift - 1.0) * sigma)
+        plain = min(plain + steps / self.config.schedule_points, 1.0)
+        return float(shift_sigmas(torch.tensor(plain), self._shift))
+
+    def _token_session(
+        self, stage: StageName, draw: Draw, teacher: TeacherRecord, cached: dict[int, CachedPass]
+    ) -> TokenSession | None:
         config, tokens = self.config, self.routed.config.tokens
         if tokens is None:
             return None
@@ -262,6 +292,7 @@ class Trainer:
             noise=0.0 if stage == "joint" else config.score_noise,
             generator=draw.generator,
             granularity=tokens.granularity,
+            cached=cached,
         )
 
     def _block_session(self, teacher: TeacherRecord) -> BlockSession | None:
