@@ -22,6 +22,7 @@ from shivelight.backbones import find_spec
 from shivelight.config import FORMAT_VERSION, Reuse, RoutingConfig
 from shivelight.errors import AdapterError
 from shivelight.execution.folding import Delta, FoldedWeights
+from shivelight.execution.routed import Routed
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -43,19 +44,7 @@ def save_adapter(model: Any, directory: str | Path, training: dict[str, Any] | N
     """
     backbone, routed = backbone_of(model), routed_of(model)
     directory = Path(directory)
-    config = {
-        "peft_type": "SHIVELIGHT",
-        "format_version": FORMAT_VERSION,
-        "base_model_name_or_path": getattr(backbone.config, "_name_or_path", None)
-        if hasattr(backbone, "config")
-        else None,
-        "base_model_class": type(backbone).__name__,
-        "base_model_shape": backbone_shape(backbone),
-        "spec": routed.spec.name,
-        "routed_blocks": list(routed.routed),
-        "routing": routed.config.to_dict(),
-        "training": training or {},
-    }
+    config = adapter_config(backbone, routed, training)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in routed.state_dict().items()}
     for name, delta in routed.deltas.items():
         for part, suffix in _DELTA_PARTS.items():
@@ -75,6 +64,23 @@ def save_adapter(model: Any, directory: str | Path, training: dict[str, Any] | N
     return directory
 
 
+def adapter_config(backbone: Any, routed: Routed, training: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What `adapter_config.json` says of a backbone and what is (or is about to be) attached to it."""
+    return {
+        "peft_type": "SHIVELIGHT",
+        "format_version": FORMAT_VERSION,
+        "base_model_name_or_path": getattr(backbone.config, "_name_or_path", None)
+        if hasattr(backbone, "config")
+        else None,
+        "base_model_class": type(backbone).__name__,
+        "base_model_shape": backbone_shape(backbone),
+        "spec": routed.spec.name,
+        "routed_blocks": list(routed.routed),
+        "routing": routed.config.to_dict(),
+        "training": training or {},
+    }
+
+
 def load_adapter(model: Any, source: str | Path, revision: str | None = None, reuse: Reuse | None = None) -> Any:
     """Attach the adapter in a local folder or Hub repository; the budget starts at keep=1.0.
 
@@ -88,6 +94,14 @@ def load_adapter(model: Any, source: str | Path, revision: str | None = None, re
         AdapterError: a file is missing, truncated, a pickle, of another backbone or of a newer format. The model is then
             as it was before.
     """
+    install(model, *read_adapter(model, source, revision, reuse))
+    return model
+
+
+def read_adapter(
+    model: Any, source: str | Path, revision: str | None = None, reuse: Reuse | None = None
+) -> tuple[Routed, dict[str, Delta]]:
+    """What `adapter.install` puts on the model; arguments and errors as for `load_adapter`. Nothing is changed yet."""
     config_path, weights_path = _locate(source, revision)
     stored, tensors = _read_config(config_path), _read_tensors(weights_path)
     backbone = backbone_of(model)
@@ -105,8 +119,7 @@ def load_adapter(model: Any, source: str | Path, revision: str | None = None, re
     deltas = _read_deltas(tensors, weights_path)
     if deltas and config.deltas is None:
         raise AdapterError(f"{weights_path} holds DoRA deltas, but {config_path.name} has no delta settings.")
-    install(model, routed, deltas)
-    return model
+    return routed, deltas
 
 
 def read_deltas(model: Any, source: str | Path, revision: str | None = None) -> FoldedWeights:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import shivelight as sl
-from shivelight.adapter import routed_of
-from shivelight.adapter_files import read_deltas
+from shivelight.adapter import install, prepare, routed_of
+from shivelight.adapter_files import read_adapter, read_deltas
 from shivelight.cost import step_flops
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.comparison import Comparison, KeptTokens, OperatingPoint, Setting
-from shivelight.evaluation.latency import Timings
+from shivelight.evaluation.latency import Timings, interleave
 from shivelight.evaluation.standard import block_points, standard_points, with_fewer_steps
 from shivelight.execution.folding import Delta
 
@@ -197,3 +200,42 @@ def test_block_points_share_one_adapter_and_leave_no_trace(pipe, tokens: bool) -
     pictures = {point.method: comparison.pictures(point, ["a b", "c d"]) for point in points}
     assert not torch.equal(pictures[name], pictures[f"{name}-static"])
     assert (routed.config, routed.budget, routed.gates.config) == (config, budget, config.blocks)
+
+
+def test_another_adapter_stands_in_the_same_table_and_leaves_no_trace(comparison: Comparison, tmp_path: Path) -> None:
+    pipe, routed, captions = comparison.pipe, comparison.routed, ["a b", "c d"]
+    mine = comparison.pictures(comparison.tokens(0.6), captions)
+    other = comparison.other_adapter("other", *prepare_other(pipe, tmp_path), keep=0.6)
+    theirs = comparison.pictures(other, captions)
+    assert comparison.routed is routed and routed.enabled and routed.folded.active
+    assert torch.equal(comparison.pictures(comparison.tokens(0.6), captions), mine)
+    assert torch.equal(comparison.pictures(other, captions), theirs) and not torch.equal(theirs, mine)
+    assert comparison.planned(other) == pytest.approx(comparison.planned(comparison.tokens(0.6)), abs=0.02)
+    timings = comparison.time([comparison.dense(), other], 1, warmup=0)
+    assert timings.inner[other.name][0] > 0 and comparison.routed is routed
+    sl.load_adapter(pipe, tmp_path / "other")
+    sl.set_budget(pipe, keep=0.6)
+    assert torch.equal(comparison.call(captions, STEPS), theirs)
+
+
+def prepare_other(pipe, folder: Path) -> tuple:  # noqa: ANN001
+    """An adapter of other routers and of no deltas, written and read."""
+    attached = routed_of(pipe)
+    torch.manual_seed(5)
+    written = prepare(pipe, sl.RoutingConfig(sl.TokenRouting(bottleneck=8)))
+    install(pipe, written, {})
+    sl.save_adapter(pipe, folder / "other")
+    install(pipe, attached, attached.deltas)
+    attached.enable(True)
+    return read_adapter(pipe, folder / "other")
+
+
+def test_what_a_state_costs_is_not_timed() -> None:
+    @contextmanager
+    def slow() -> Iterator[None]:
+        time.sleep(0.05)
+        yield
+        time.sleep(0.05)
+
+    timings = interleave({"a": lambda: None, "b": lambda: None}, 1, 0, states={"a": slow})
+    assert timings.total["a"][0] < 0.04

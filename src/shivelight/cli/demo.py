@@ -13,7 +13,7 @@ from torch import Tensor
 
 import shivelight as sl
 from shivelight.adapter import routed_of
-from shivelight.adapter_files import read_deltas
+from shivelight.adapter_files import read_adapter, read_deltas
 from shivelight.cli import common
 from shivelight.cli.evaluate import describe
 from shivelight.cli.train import run_with_progress
@@ -59,7 +59,8 @@ def demo(
     common.say("3. The shipped adapter: same captions, same seeds, methods timed in turns")
     sl.load_adapter(pipe, embedded.ADAPTER)
     comparison = Comparison(pipe, setting)
-    points = standard_points(comparison, KEEPS, read_deltas(pipe, embedded.FINETUNED), (0.6,))
+    reusing = read_adapter(pipe, embedded.REUSING) if embedded.REUSING.is_dir() else None
+    points = standard_points(comparison, KEEPS, read_deltas(pipe, embedded.FINETUNED), (0.6,), reusing)
     points = with_fewer_steps(comparison, points, apart=2)
     with common.progress_bar("timing", len(points) * (rounds + 1)) as advance:
         timings = comparison.time(points, rounds, progress=advance)
@@ -131,8 +132,8 @@ def report_figures(
             "dense-finetuned": "dense, fine-tuned",
             "fewer-steps": f"fewer steps ({point.steps})",
         }
-        if point.method in shown or point.method == "tokens":
-            label = shown.get(point.method) or f"tokens, keep {point.budget['keep']:g}"
+        if point.method in shown or point.method in ("tokens", "tokens+reuse"):
+            label = shown.get(point.method) or f"{point.method}, keep {point.budget['keep']:g}"
             grids[label] = [to_image(picture) for picture in pictures[point.name][:SHOWN]]
     routed = routed_of(comparison.pipe)
     schedule = sl.current_schedule(comparison.pipe, comparison.setting.steps)

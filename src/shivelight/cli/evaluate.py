@@ -7,7 +7,7 @@ import torch
 import typer
 
 import shivelight as sl
-from shivelight.adapter_files import read_deltas
+from shivelight.adapter_files import read_adapter, read_deltas
 from shivelight.cli import common
 from shivelight.demo import pipeline as embedded
 from shivelight.demo.data import EmojiData
@@ -25,6 +25,10 @@ def evaluate(
     adapter: common.AdapterOption = None,
     finetuned: Annotated[
         str | None, typer.Option(help="Folder of a dense-finetuned adapter; the embedded one by default.")
+    ] = None,
+    reusing: Annotated[
+        str | None,
+        typer.Option(help="Folder of a token adapter that was trained with reuse; the embedded one by default."),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of captioned images to judge against; the embedded test set by default.")
@@ -65,13 +69,15 @@ def evaluate(
     comparison = Comparison(pipe, setting)
     captions, references = judged_on(images, count, pipe)
     other = finetuned or (str(embedded.FINETUNED) if pipeline is None and embedded.FINETUNED.is_dir() else None)
+    second = reusing or (str(embedded.REUSING) if pipeline is None and embedded.REUSING.is_dir() else None)
     weights = None if other is None else read_deltas(pipe, other)
     if comparison.routed.config.blocks is not None:
         points = block_points(comparison, compute or [0.7, 0.5, 0.35], weights, baselines)
     else:
         points = standard_points(
-            comparison, keep or [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], weights, BASELINE_KEEPS if baselines else ()
-        )
+            comparison, keep or [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], weights, BASELINE_KEEPS if baselines else (),
+            None if second is None else read_adapter(pipe, second),
+        )  # fmt: skip
     with common.progress_bar("calibrating fewer steps", 1) as advance:
         points = with_fewer_steps(comparison, points)
         advance()

@@ -11,6 +11,7 @@ FOLDER = Path(__file__).parent
 PIPELINE = FOLDER / "pipeline"
 ADAPTER = FOLDER / "adapters" / "tokens"
 FINETUNED = FOLDER / "adapters" / "dense-finetuned"
+REUSING = FOLDER / "adapters" / "tokens-reuse"
 TEXT_TOKENS = 16
 STEPS = 25
 GUIDANCE = 4.0

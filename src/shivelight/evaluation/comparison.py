@@ -7,6 +7,7 @@ reference number of steps, so fewer sampling steps stand in the same table as ev
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from shivelight.adapter import backbone_of, planned_ratio, routed_of, set_budget
+from shivelight.adapter import backbone_of, install, planned_ratio, routed_of, set_budget
 from shivelight.config import Reuse
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.distribution import fd, kid
@@ -22,7 +23,8 @@ from shivelight.evaluation.features import extract_features
 from shivelight.evaluation.fidelity import fidelity_to_dense
 from shivelight.evaluation.latency import ModuleClock, Timings, interleave, peak_memory_mb, synchronize
 from shivelight.evaluation.results import new_row
-from shivelight.execution.folding import FoldedWeights
+from shivelight.execution.folding import Delta, FoldedWeights
+from shivelight.execution.routed import Routed
 
 Progress = Callable[[str], None]
 Variant = dict[str, Any]
@@ -80,8 +82,13 @@ class Comparison:
 
     def __init__(self, pipe: Any, setting: Setting) -> None:
         self.pipe, self.setting = pipe, setting
-        self.routed = routed_of(pipe)
         self.backbone = backbone_of(pipe)
+        routed_of(pipe)
+
+    @property
+    def routed(self) -> Routed:
+        """The state of the adapter that is attached now."""
+        return routed_of(self.pipe)
 
     def dense(self, steps: int | None = None) -> OperatingPoint:
         """The untouched model; with fewer steps than the reference, the peer that costs nothing."""
@@ -116,6 +123,25 @@ class Comparison:
     def tokens(self, keep: float) -> OperatingPoint:
         """Token routing as it was trained."""
         return self.routed_point("tokens", keep=keep)
+
+    def other_adapter(self, method: str, routed: Routed, deltas: dict[str, Delta], keep: float) -> OperatingPoint:
+        """Another adapter of the same backbone (from `adapter_files.read_adapter`) at a budget."""
+        point = self.routed_point(method, keep=keep)
+
+        @contextmanager
+        def state() -> Iterator[None]:
+            attached, enabled = self.routed, self.routed.enabled
+            routed.shape, routed.shape_seen = attached.shape, attached.shape_seen
+            install(self.pipe, routed, deltas)
+            routed.enable(True)
+            try:
+                with point.state():
+                    yield
+            finally:
+                install(self.pipe, attached, attached.deltas)
+                attached.enable(enabled)
+
+        return replace(point, state=state)
 
     def training_free(self, keep: float) -> OperatingPoint:
         """`RoutingConfig.training_free` on the backbone's own weights, whatever adapter is attached."""
@@ -165,18 +191,11 @@ class Comparison:
         self, points: Sequence[OperatingPoint], rounds: int, warmup: int = 1, progress: Progress | None = None
     ) -> Timings:
         """One-sample generations, in turns; the backbone's share is timed inside."""
-        runs = {point.name: self._timed_run(point) for point in points}
+        runs = {point.name: partial(self.call, ["a picture"], point.steps) for point in points}
         if len(runs) != len(points):
             raise ShivelightError("Two operating points of one comparison have the same name; each may appear once.")
-        clock = ModuleClock(self.backbone)
-        return interleave(runs, rounds, warmup, synchronize(self.pipe.device), clock, progress)
-
-    def _timed_run(self, point: OperatingPoint) -> Callable[[], object]:
-        def run() -> None:
-            with point.state():
-                self.call(["a picture"], point.steps)
-
-        return run
+        clock, states = ModuleClock(self.backbone), {point.name: point.state for point in points}
+        return interleave(runs, rounds, warmup, synchronize(self.pipe.device), clock, progress, states)
 
     def call(self, captions: Sequence[str], steps: int, first_seed: int | None = None) -> Tensor:
         """Pictures [n, 3, H, W] in [0, 1] of some captions, in the state that is in force."""
@@ -219,6 +238,10 @@ class Comparison:
         with point.state():
             return planned_ratio(self.pipe, point.steps) * point.steps / self.setting.steps
 
+    def _peak_memory_mb(self, point: OperatingPoint) -> float | None:
+        with point.state():
+            return peak_memory_mb(partial(self.call, ["a picture"], point.steps), self.pipe.device)
+
     def rows(
         self,
         points: Sequence[OperatingPoint],
@@ -254,7 +277,7 @@ class Comparison:
                 "efficiency": replace(
                     speedup, value=speedup.value * planned, low=speedup.low * planned, high=speedup.high * planned
                 ),
-                "peak_memory_mb": peak_memory_mb(self._timed_run(point), self.pipe.device),
+                "peak_memory_mb": self._peak_memory_mb(point),
                 "samples": len(pictures[point.name]),
             }  # fmt: skip
             if point is not reference:

@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -106,11 +107,13 @@ def interleave(
     sync: Callable[[], None] | None = None,
     clock: ModuleClock | None = None,
     progress: Callable[[str], None] | None = None,
+    states: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
 ) -> Timings:
     """Times every callable once a round, in order, for `rounds` rounds after `warmup` untimed ones.
 
     `sync` waits for the device (see `synchronize`); `clock` also sums the time in one module, such as the backbone in a
-    pipeline; `progress` is told the method's name after each of the (warmup + rounds) * methods runs.
+    pipeline; `progress` is told the method's name after each of the (warmup + rounds) * methods runs. Each run happens inside
+    its method's state, whose beginning and end are not timed.
     """
     if not callables or rounds < 1 or warmup < 0:
         raise ShivelightError(
@@ -119,8 +122,8 @@ def interleave(
         )
     if clock is not None:
         with clock:
-            return _interleave(callables, rounds, warmup, sync, clock, progress)
-    return _interleave(callables, rounds, warmup, sync, None, progress)
+            return _interleave(callables, rounds, warmup, sync, clock, progress, states or {})
+    return _interleave(callables, rounds, warmup, sync, None, progress, states or {})
 
 
 def _interleave(
@@ -130,6 +133,7 @@ def _interleave(
     sync: Callable[[], None] | None,
     clock: ModuleClock | None,
     progress: Callable[[str], None] | None,
+    states: Mapping[str, Callable[[], AbstractContextManager[Any]]],
 ) -> Timings:
     timings = Timings({name: [] for name in callables}, {name: [] for name in callables} if clock else {})
     collecting = gc.isenabled()
@@ -138,13 +142,14 @@ def _interleave(
     try:
         for round_ in range(warmup + rounds):
             for name, run in callables.items():
-                if sync:
-                    sync()
-                start = time.perf_counter()
-                run()
-                if sync:
-                    sync()
-                seconds = time.perf_counter() - start
+                with states.get(name, nullcontext)():
+                    if sync:
+                        sync()
+                    start = time.perf_counter()
+                    run()
+                    if sync:
+                        sync()
+                    seconds = time.perf_counter() - start
                 inner = clock.take() if clock else 0.0
                 if round_ >= warmup:
                     timings.total[name].append(seconds)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from shivelight.config import Reuse
 from shivelight.evaluation.comparison import Comparison, OperatingPoint
-from shivelight.execution.folding import FoldedWeights
+from shivelight.execution.folding import Delta, FoldedWeights
+from shivelight.execution.routed import Routed
 
 BASELINE_KEEPS = (0.8, 0.6, 0.5)
 
@@ -15,20 +16,23 @@ def standard_points(
     keeps: Sequence[float],
     finetuned: FoldedWeights | None,
     baseline_keeps: Sequence[float] = BASELINE_KEEPS,
+    reusing: tuple[Routed, dict[str, Delta]] | None = None,
 ) -> list[OperatingPoint]:
     """Dense first, then every budget; fewer steps are added by `with_fewer_steps`, once latencies are known.
 
     The baselines may spend as many planned FLOPs as routing does (attention is quadratic, so equal keep ratios would not be
     equal cost). They run on the tuned weights of the adapter, which were trained for the learned router: that favours them
-    over the same baselines on the backbone's own weights.
+    over the same baselines on the backbone's own weights. `reusing` is a second adapter, trained with reuse.
     """
     points = [comparison.dense()]
     if finetuned is not None:
         points.append(comparison.finetuned(finetuned))
     for keep in keeps:
         points.append(comparison.tokens(keep))
+        if reusing is not None:
+            points.append(comparison.other_adapter("tokens+reuse", *reusing, keep=keep))
         if keep in baseline_keeps:
-            plan = math.floor(1e4 * comparison.planned(points[-1])) / 1e4
+            plan = math.floor(1e4 * comparison.planned(comparison.tokens(keep))) / 1e4
             points += [
                 comparison.training_free(keep),
                 comparison.routed_point("fixed", compute=plan, variant={"ratios": "fixed"}),
@@ -67,7 +71,7 @@ def with_fewer_steps(comparison: Comparison, points: Sequence[OperatingPoint], a
 
     Of step counts that are less than `apart` apart, only the larger stands.
     """
-    routed = [point for point in points if point.method in ("tokens", "blocks", "tokens+blocks")]
+    routed = [point for point in points if point.method in ("tokens", "tokens+reuse", "blocks", "tokens+blocks")]
     chosen: list[OperatingPoint] = []
     for point in comparison.fewer_steps(routed):
         if not chosen or chosen[-1].steps - point.steps >= apart:
