@@ -7,6 +7,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.hooks import HookFunctionReference
+from diffusers.models.activations import GELU
 from torch import nn
 
 from shivelight.backbones import BackboneSpec, find_spec
@@ -14,7 +15,7 @@ from shivelight.config import RoutingConfig
 from shivelight.errors import AdapterError, BudgetError, ShivelightError, UnsupportedBackboneError
 from shivelight.execution.context import GRID, Branch
 from shivelight.execution.folding import Delta
-from shivelight.execution.hook import BlockHook, EmbeddingHook, RootHook
+from shivelight.execution.hook import ActivationHook, BlockHook, EmbeddingHook, RootHook
 from shivelight.execution.planning import Budget
 from shivelight.execution.routed import NAME, Routed
 from shivelight.routing import Schedule
@@ -43,6 +44,15 @@ def prepare(model: Any, config: RoutingConfig) -> Routed:
     backbone, pipeline = _backbone_of(model)
     spec = find_spec(backbone)
     _refuse_unsupported(backbone)
+    if reason := spec.obstacle(backbone):
+        raise UnsupportedBackboneError(f"This {type(backbone).__name__} cannot be routed. {reason}")
+    if config.tokens is not None and spec.no_tokens:
+        raise UnsupportedBackboneError(
+            f"The tokens of a {type(backbone).__name__} cannot be routed. {spec.no_tokens} Route its blocks: "
+            "RoutingConfig(tokens=None, blocks=BlockRouting())."
+        )
+    if config.activation is not None:
+        _activated(backbone, spec)
     for path in (spec.timestep_embedding, spec.condition_embedding):
         if path is not None:
             _embedder(backbone, spec, path)
@@ -87,7 +97,9 @@ def detach(model: Any) -> Any:
     registry.remove_hook(NAME, recurse=True)
     for handle in routed.handles:
         handle.remove()
-    if backbone.__dict__.get("_reset_stateful_cache") is routed.reset_function:
+    # Most of diffusers' transformers have one of their own class, and were given none.
+    given = routed.reset_function
+    if given is not None and backbone.__dict__.get("_reset_stateful_cache") is given:
         del backbone._reset_stateful_cache
     delattr(backbone, NAME)
     registry.invalidate_child_registries_cache()
@@ -97,7 +109,11 @@ def detach(model: Any) -> Any:
 
 @contextmanager
 def dense(model: Any) -> Iterator[Any]:
-    """The untouched model for a while: routing and deltas off, bit for bit."""
+    """The untouched model for a while: routing and deltas off, bit for bit.
+
+    The activation of an adapter that brings one (`RoutingConfig.activation`) stays: the backbone's weights are right with
+    that one alone, so this is their dense model. Without it, too: `detach`.
+    """
     with routed_of(model).switched(False):
         yield model
 
@@ -215,6 +231,8 @@ def summary(model: Any) -> str:
         f"adapter: {own / 1e6:.3f} M parameters ({100 * own / whole:.2f}% of the backbone), "
         f"{len(routed.deltas)} linears with DoRA deltas",
     ]
+    if routed.config.activation is not None:
+        lines.append(f"activation of the image MLPs: {routed.config.activation}, also while dense")
     if not routed.routed:
         return "\n".join([*lines, "no routing: every token runs in every block"])
     tokens, blocks, reuse, budget = routed.config.tokens, routed.config.blocks, routed.config.reuse, routed.budget
@@ -314,6 +332,10 @@ def _register_hooks(backbone: nn.Module, routed: Routed, spec: BackboneSpec) -> 
     _listen(backbone, routed, spec.timestep_embedding, "time_embedding")
     if spec.condition_embedding is not None:
         _listen(backbone, routed, spec.condition_embedding, "condition")
+    if routed.config.activation is not None:
+        for module in _activated(backbone, spec):
+            registry = HookRegistry.check_if_exists_or_initialize(module)
+            registry.register_hook(ActivationHook(routed.config.activation), NAME)
     blocks = spec.block_list(backbone)
     for index in routed.routed:
         HookRegistry.check_if_exists_or_initialize(blocks[index]).register_hook(BlockHook(routed, index), NAME)
@@ -329,6 +351,30 @@ def _register_hooks(backbone: nn.Module, routed: Routed, spec: BackboneSpec) -> 
         backbone.register_load_state_dict_pre_hook(_before_load),
         backbone.register_load_state_dict_post_hook(_after_load),
     ]
+
+
+def _activated(backbone: nn.Module, spec: BackboneSpec) -> list[nn.Module]:
+    """The modules of all blocks whose activation can be exchanged."""
+    name = None if spec.mlp is None else spec.mlp.activated
+    if name is None:
+        raise UnsupportedBackboneError(
+            f"The adapter brings an activation, but the spec {spec.name!r} names no module that has one to exchange; fill "
+            "in `mlp.activated`."
+        )
+    modules = []
+    for index, block in enumerate(spec.block_list(backbone)):
+        try:
+            module = block.get_submodule(name)
+        except AttributeError:
+            module = None
+        if not isinstance(module, GELU):
+            raise UnsupportedBackboneError(
+                f"{name!r} of block {index} is {'missing' if module is None else 'a ' + type(module).__name__}; only the "
+                "activation of diffusers' GELU class can be exchanged. Correct `mlp.activated` in the spec "
+                f"{spec.name!r}."
+            )
+        modules.append(module)
+    return modules
 
 
 def _embedder(backbone: nn.Module, spec: BackboneSpec, path: str) -> nn.Module:

@@ -265,7 +265,7 @@ class RoutingConfig:
         _check_names(cls, data)
         parts = {"tokens": TokenRouting, "blocks": BlockRouting, "deltas": DeltaConfig, "reuse": Reuse}
         read = {name: _part(part, data.get(name)) for name, part in parts.items()}
-        single = {"keep": 1.0, "compute": None, "activation": None}
+        single: dict[str, Any] = {"keep": 1.0, "compute": None, "activation": None}
         return cls(**read, **{name: data.get(name, default) for name, default in single.items()})
 
 

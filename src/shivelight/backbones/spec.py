@@ -38,11 +38,14 @@ class Mlp:
             FLUX's single blocks put the attention's output there.
         halves: how many parts of H rows an up-projection's output stacks; 2 for GEGLU and SwiGLU, which then take one
             as the gate of the other.
+        activated: the module of diffusers' GELU class that projects up and activates, where there is one: its activation
+            can be exchanged (`RoutingConfig.activation`).
     """
 
     up: tuple[str, ...]
     down: str
     halves: int = 1
+    activated: str | None = None
 
     def channels(self, block: nn.Module) -> int:
         """H, the hidden channels of this block's MLP."""
@@ -93,6 +96,7 @@ class BackboneSpec:
         block_arguments: names of the block's forward parameters, in order.
         image_argument: the one that holds the image tokens [B, N, D].
         token_arguments: further ones whose dimension 1 follows the image tokens and must be gathered along.
+        shared_arguments: those without a batch dimension, the same for all samples: never sliced, whatever their length.
         returns: what the block returns, in order; ("image",) means the bare tensor.
         timestep_embedding: path of the module whose output [B, T] embeds the timestep.
         context_linears: names, relative to the block, of the projections whose outputs [B, N, E] image tokens are attended
@@ -110,6 +114,8 @@ class BackboneSpec:
             separate calls, or never.
         first_routed: blocks before this index are never pruned.
         mlp: the MLP of the image stream, whose hidden layer can be narrowed, or None.
+        no_tokens: why its tokens cannot be routed, a sentence; empty where they can.
+        obstacle: model -> why this one of the family cannot be routed as it is set up, a sentence; empty where it can.
     """
 
     name: str
@@ -128,11 +134,14 @@ class BackboneSpec:
     text_argument: str | None = None
     timestep_scale: float = 1.0
     token_arguments: tuple[str, ...] = ()
+    shared_arguments: tuple[str, ...] = ()
     context_linears: tuple[str, ...] = ()
     condition_embedding: str | None = None
     guidance: Literal["batched", "separate", "none"] = "none"
     first_routed: int = 1
     mlp: Mlp | None = None
+    no_tokens: str = ""
+    obstacle: Callable[[Any], str] = lambda model: ""
 
     def block_list(self, model: nn.Module) -> nn.ModuleList:
         """The blocks of a model of this family."""

@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from keyword import iskeyword
 
 import typer
 
@@ -16,10 +17,10 @@ app = typer.Typer(
 )
 
 CTRL_C = 130  # what typer makes of a KeyboardInterrupt
-COMMANDS = ("demo", "train", "generate", "evaluate", "report")
+COMMANDS = ("demo", "train", "generate", "evaluate", "import", "report")
 for _command in COMMANDS:
-    _module = import_module(f"shivelight.cli.{_command}")
-    app.command(_command)(getattr(_module, _command))
+    _name = f"{_command}_" if iskeyword(_command) else _command
+    app.command(_command)(getattr(import_module(f"shivelight.cli.{_name}"), _name))
 
 
 def main() -> None:

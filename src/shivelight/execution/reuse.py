@@ -195,7 +195,7 @@ def centred_log_drift(drift: Tensor) -> Tensor:
 
 
 class ResidualCache:
-    """Residuals of all blocks within a bound on memory; the entry that was written longest ago goes first.
+    """Residuals within a bound on memory: of as many blocks, from the first on, as fit.
 
     Args:
         max_mb: bound in megabytes (1e6 bytes); an entry that is larger by itself is not kept.
@@ -245,6 +245,7 @@ class ResidualCache:
         return entry
 
     def trim(self) -> None:
-        """Drop what is over the bound."""
+        """Drop what is over the bound, the newest first: blocks run in the same order at every step, so that dropping the oldest
+        would leave none of them a residual by the time its turn comes again."""
         while self._entries and self.megabytes > self.max_mb:
-            self._entries.popitem(last=False)
+            self._entries.popitem(last=True)

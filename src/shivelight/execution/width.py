@@ -245,7 +245,7 @@ def call_narrow(
 def masked_channels(block: nn.Module, mlp: Mlp, mask: Tensor) -> Iterator[None]:
     """While the block runs, its MLP's hidden channels are multiplied by `mask` [B, H]: how widths are trained.
 
-    The mask reaches the down-projection's last H inputs; what FLUX's single blocks put before them stays.
+    The mask reaches the down-projection's last H inputs; what a fused block puts before them stays.
     """
     offset = mlp.offset(block)
 
