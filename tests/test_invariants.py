@@ -217,7 +217,7 @@ def test_3_skip_layer_guidance_pairs_nothing_that_is_not_a_pair(pipe: StableDiff
     options = {"skip_guidance_layers": [2], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.9}
     routed, seen = pipe.transformer.shivelight, []
 
-    def note(block: int, x: Tensor, out: Tensor, kept: Tensor) -> None:
+    def note(block: int, x: Tensor, out: Tensor, kept: Tensor, text: Any) -> None:
         seen.append((routed.context.step, routed.context.branch, block, kept.shape))
 
     routed.observer = note

@@ -43,7 +43,7 @@ def routed_model(pipe: StableDiffusion3Pipeline, keep: float = 0.5, **options: o
 @contextmanager
 def watched(model: SD3Transformer2DModel) -> Iterator[Seen]:
     seen: Seen = []
-    model.shivelight.observer = lambda *what: seen.append(what)
+    model.shivelight.observer = lambda *what: seen.append(what[:4])
     with torch.no_grad():
         yield seen
     model.shivelight.observer = None
