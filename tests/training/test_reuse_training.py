@@ -81,14 +81,15 @@ def test_a_fresh_router_ranks_by_the_drift_and_can_learn_to_use_it() -> None:
     moved = torch.rand(3, 20) * 10
     drift = centred_log_drift(moved)
     torch.testing.assert_close(drift.mean(1), torch.zeros(3), atol=1e-6, rtol=0)
-    scores = router(1, x, time, None, drift)
-    plain = router(1, x, time, None)
+    context = router.context(time, None)
+    scores = router(1, x, context, drift)
+    plain = router(1, x, context)
     torch.testing.assert_close(scores, plain + 3.0 * drift)
     scores.square().sum().backward()
     assert router.from_drift.weight.grad.abs().sum() > 0 and router.drift_weight.grad.tolist()[0] == 0
     with torch.no_grad():
         router.from_drift.weight.normal_()
-    assert not torch.allclose(router(1, x, time, None, drift) - 3.0 * drift, plain)
+    assert not torch.allclose(router(1, x, context, drift) - 3.0 * drift, plain)
 
 
 def test_the_router_learns_what_running_adds_to_the_cached_residual(pipe: StableDiffusion3Pipeline) -> None:

@@ -1,5 +1,6 @@
 """What the commands share: options, quiet libraries, pipelines by name, progress, tables."""
 
+import ctypes
 import json
 import logging
 import os
@@ -45,10 +46,27 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
 
 
+def keep_freed_memory() -> None:
+    """On a CPU under glibc, keep what tensors free for the next ones, instead of giving it back to the system.
+
+    Shapes that change from block to block make the allocator map and unmap pages all the time: that costs routed runs a
+    tenth of their time, and dense ones a few percent.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        return
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    for option, value in ((mmap_threshold, 1 << 30), (trim_threshold, (1 << 31) - 1), (top_pad, 1 << 26)):
+        mallopt(option, value)
+
+
 def open_pipeline(source: str | None, device: str, dtype: torch.dtype = torch.float32) -> Any:
     """The pipeline of that name on the device; the embedded one for None."""
     quiet_libraries()
     check_device(device)
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
     if source is None:
         return embedded.load_pipeline(device, dtype)
     folder = Path(source)

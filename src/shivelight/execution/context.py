@@ -6,7 +6,7 @@ independent, and its timesteps are looked up on a grid of 1000 points.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,6 +34,7 @@ class StepContext:
         time_embedding: [B, T], the backbone's own.
         condition: [B, C], the backbone's embedding of the pooled condition, or None.
         choices: the conditional branch's scores per block, which rank the tokens of a separate unconditional call too.
+        memo: what is worked out once in a pass and asked for by every block.
     """
 
     generation: int = 0
@@ -45,6 +46,7 @@ class StepContext:
     time_embedding: Tensor | None = None
     condition: Tensor | None = None
     choices: dict[int, Tensor] = field(default_factory=dict)
+    memo: dict[Hashable, Any] = field(default_factory=dict)
 
 
 class Clock:

@@ -308,9 +308,8 @@ class Routed(nn.Module):
         batch, tokens = x.shape[:2]
         text_tokens = 0 if text is None else text.shape[1]
         counts = self.kept_counts(block, batch, tokens, text_tokens)
-        request = self.request(self.context.steps or GRID, tokens, text_tokens)
+        request, schedule = self._asked(tokens, text_tokens)
         parts = tuple(Part("run", k) for k in counts)
-        schedule = self.schedule(request)
         if self.drift is not None and (moving := self.drift.plan(request, self.budget, schedule.keep)):
             row, context = schedule.row(self.context.step), self.context
             parts = self.drift.decide(
@@ -331,6 +330,15 @@ class Routed(nn.Module):
                 )
         self._account(block, parts if len(parts) == batch else parts * batch, request)
         return parts[:1] if len(set(parts)) == 1 else parts
+
+    def _asked(self, tokens: int, text_tokens: int) -> tuple[Request, Schedule]:
+        """The request of this generation and its schedule, looked up once in a pass."""
+        key = ("asked", tokens, text_tokens, self.budget)
+        found = self.context.memo.get(key)
+        if found is None:
+            request = self.request(self.context.steps or GRID, tokens, text_tokens)
+            found = self.context.memo[key] = request, self.schedule(request)
+        return found
 
     def _entry(self, block: int, x: Tensor, text: Tensor | None) -> BlockResiduals | None:
         """The residuals of a block in this pass, where some are reused and fit."""
@@ -363,17 +371,24 @@ class Routed(nn.Module):
         place = block - self.routed[0]
         context = self.context
         if context.steps is not None:
-            return (self.schedule(self.request(context.steps, tokens, text_tokens)).row(context.step)[place],)
+            return (self._asked(tokens, text_tokens)[1].row(context.step)[place],)
         if context.timestep is None:
             raise BudgetError(
                 "The backbone was called without a timestep, so the schedule cannot be read. Pass `timestep`, or attach "
                 "to the pipeline instead of the bare transformer."
             )
-        table = self.schedule(self.request(GRID, tokens, text_tokens))
-        values = context.timestep.detach().reshape(-1).float().tolist()
-        scale = self.spec.timestep_scale
-        counts = tuple(table.row(min(max(round(v * scale), 1), len(GRID)) - 1)[place] for v in values)
+        counts = tuple(row[place] for row in self._rows_of_timesteps(tokens, text_tokens))
         return counts[:1] if len(set(counts)) == 1 else counts
+
+    def _rows_of_timesteps(self, tokens: int, text_tokens: int) -> list[tuple[int, ...]]:
+        """The schedule's row of each sample's timestep on the grid of a bare transformer; one transfer a pass."""
+        context, key = self.context, ("rows", tokens, text_tokens, self.budget)
+        if key not in context.memo:
+            assert context.timestep is not None
+            table = self._asked(tokens, text_tokens)[1]
+            scaled = (context.timestep.detach().reshape(-1).float() * self.spec.timestep_scale).tolist()
+            context.memo[key] = [table.row(min(max(round(time), 1), len(GRID)) - 1) for time in scaled]
+        return context.memo[key]
 
     def scores(self, block: int, x: Tensor, samples: slice = slice(None)) -> Tensor:
         """Token scores [B, N] in fp32 of the chosen samples; x [B, N, D] holds only those."""
@@ -391,23 +406,27 @@ class Routed(nn.Module):
             return torch.linalg.vector_norm(x.float(), dim=-1) if drift is None else drift
         assert self.router is not None
         time, condition = self._embeddings(x.shape[0], samples)
+        # Gradients need the whole graph in every block.
+        shared = {} if torch.is_grad_enabled() else context.memo.setdefault(("contexts", len(x), samples.start), {})
         if not tokens.sees_drift:
-            return self.router(block, x, time, condition)
+            return self.router(block, x, time, condition, contexts=shared)
         if self.session is not None:
-            return self.router(block, x, time, condition, self.session.drift(block))
+            return self.router(block, x, time, condition, self.session.drift(block), shared)
         known = None
         if self.config.reuse is not None and self.reuses:
             place, reuse = (context.call, block), self.config.reuse
             known = self.residuals.log_drift(place, x, samples, context.step, reuse.max_age)
         if known is None:
-            return self.router(block, x, time, condition)
+            return self.router(block, x, time, condition, contexts=shared)
         drift, expired = known
         # What may not be reused any more is computed anew first.
-        return torch.where(expired, torch.inf, self.router(block, x, time, condition, drift))
+        return torch.where(expired, torch.inf, self.router(block, x, time, condition, drift, shared))
 
     def _embeddings(self, rows: int, samples: slice) -> tuple[Tensor, Tensor | None]:
         """Timestep [rows, T] and condition [rows, C] embeddings of the chosen samples of the pass."""
-        context = self.context
+        context, key = self.context, ("embeddings", rows, samples.start, samples.stop)
+        if key in context.memo:
+            return context.memo[key]
         if context.time_embedding is None:
             raise UnsupportedBackboneError(
                 f"The spec {self.spec.name!r} names {self.spec.timestep_embedding!r} as the timestep embedding, but it did "
@@ -418,7 +437,9 @@ class Routed(nn.Module):
         condition = context.condition
         if condition is not None and condition.shape[0] != 1:
             condition = condition[samples]
-        return time.expand(rows, -1), None if condition is None else condition.expand(rows, -1)
+        found = time.expand(rows, -1), None if condition is None else condition.expand(rows, -1)
+        context.memo[key] = found
+        return found
 
     def _new_residuals(self) -> ResidualCache:
         return ResidualCache(0.0 if self.config.reuse is None else self.config.reuse.max_cache_mb)

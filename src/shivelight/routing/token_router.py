@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,22 +55,20 @@ class PairRouter(nn.Module):
         # temperatures of the soft rank (0.2 at the start) are defined.
         self.score = nn.Parameter(torch.randn(bottleneck) / math.sqrt(bottleneck))
 
-    def forward(
-        self,
-        member: int,
-        x: Tensor,
-        time_embedding: Tensor,
-        condition: Tensor | None,
-        drift: Tensor | None = None,
-    ) -> Tensor:
-        """Scores [B, N] in fp32 for the pair's block number `member`; see `TokenRouter.forward`."""
+    def context(self, time_embedding: Tensor, condition: Tensor | None) -> Tensor:
+        """P_t(t) + P_c(c), [B, H]: the same for all blocks of the pair."""
         dtype = self.from_tokens.weight.dtype
-        context = self.from_time(time_embedding.to(dtype)) + self.layer[member]
-        if self.from_condition is not None:
-            if condition is None:
-                raise AdapterError("This router was built with a condition; pass the pooled condition [B, C].")
-            context = context + self.from_condition(condition.to(dtype))
-        hidden = self.from_tokens(x.to(dtype)) + context[:, None]
+        context = self.from_time(time_embedding.to(dtype))
+        if self.from_condition is None:
+            return context
+        if condition is None:
+            raise AdapterError("This router was built with a condition; pass the pooled condition [B, C].")
+        return context + self.from_condition(condition.to(dtype))
+
+    def forward(self, member: int, x: Tensor, context: Tensor, drift: Tensor | None = None) -> Tensor:
+        """Scores [B, N] in fp32 for the pair's block number `member`, given `context`; see `TokenRouter.forward`."""
+        dtype = self.from_tokens.weight.dtype
+        hidden = self.from_tokens(x.to(dtype)) + (context + self.layer[member])[:, None]
         if self.from_drift is not None and drift is not None:
             hidden = hidden + drift[..., None].to(dtype) * self.from_drift.weight[:, 0]
         hidden = F.silu(hidden).float()
@@ -132,6 +131,7 @@ class TokenRouter(nn.Module):
         time_embedding: Tensor,
         condition: Tensor | None = None,
         drift: Tensor | None = None,
+        contexts: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Score the tokens at the input of one block.
 
@@ -141,6 +141,7 @@ class TokenRouter(nn.Module):
             time_embedding: [B, T], the backbone's own.
             condition: [B, C], the backbone's pooled condition, or None.
             drift: [B, N] fp32, see `PairRouter`; None where no residual is known.
+            contexts: what the pairs made of the embeddings in this pass; filled in, and read by a pair's other blocks.
 
         Returns:
             [B, N] fp32, higher is kept first. The projections run in the parameters' dtype (or autocast's).
@@ -148,4 +149,8 @@ class TokenRouter(nn.Module):
         if block not in self._place:
             raise AdapterError(f"Block {block} has no router; the routed blocks are {list(self.blocks)}.")
         name, member = self._place[block]
-        return self.pairs[name](member, x, time_embedding, condition, drift)
+        pair: Any = self.pairs[name]
+        contexts = {} if contexts is None else contexts
+        if name not in contexts:
+            contexts[name] = pair.context(time_embedding, condition)
+        return pair(member, x, contexts[name], drift)
