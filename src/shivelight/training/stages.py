@@ -39,7 +39,7 @@ class TrainingConfig:
         feature_every: every how many blocks features are compared.
         caption_drop: share of samples trained with the empty caption.
         max_grad_norm: gradients are clipped to this norm.
-        schedule_points: sampling steps for whose timesteps the anchor is solved.
+        schedule_points: timesteps, one from each of so many intervals, for which the anchor is solved.
         checkpoint_every: steps between checkpoints.
         preview_every: steps between preview grids; 0 for none.
         seed: of everything that is drawn.

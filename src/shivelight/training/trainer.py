@@ -92,8 +92,6 @@ class Trainer:
         scheduler = pipe.scheduler
         shift = getattr(scheduler.config, "shift", 1.0) or 1.0
         self._shift = 1.0 if getattr(scheduler.config, "use_dynamic_shifting", False) else float(shift)
-        grid = 1 - torch.arange(config.schedule_points) / config.schedule_points
-        self._grid = (1000 * shift_sigmas(grid, self._shift)).to(self.accelerator.device)
         blocks = len(self.routed.planner.costs)
         chosen = {*range(config.feature_every - 1, blocks, config.feature_every), blocks - 1}
         self._features_at = tuple(sorted(chosen & set(self.routed.routed)))
@@ -339,8 +337,17 @@ class Trainer:
         if stage == "policy" and self.config.logit_noise:
             logits = logits + self.config.logit_noise * torch.randn(logits.shape, generator=draw.generator).to(device)
         if self.config.budget == "anchor":
-            logits = logits + solve_anchor(policy(self._grid), draw.keep)
+            logits = logits + solve_anchor(policy(self._grid(draw.generator)), draw.keep)
         return torch.sigmoid(logits)
+
+    def _grid(self, generator: torch.Generator) -> Tensor:
+        """Timesteps of a generation, one from each of `schedule_points` intervals, drawn anew each time.
+
+        On fixed points the policy learns to keep little at just those, which raises the anchor and with it all that is
+        trained at any other timestep: the mean keep in training rose from 0.65 to 0.79 that way.
+        """
+        plain = stratified_uniform(self.config.schedule_points, generator)
+        return (1000 * shift_sigmas(plain, self._shift)).to(self.accelerator.device)
 
     def _draws(self, step: int | None = None) -> list[Draw]:
         """The micro-batches of this process in this step (or another)."""
