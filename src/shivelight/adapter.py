@@ -160,11 +160,15 @@ def set_budget(
         raise BudgetError("The attached adapter routes no tokens; bound it by compute= or threshold=.", nearest=1.0)
     if routed.gates is None and (budget.threshold is not None or budget.cap):
         raise BudgetError("The attached adapter has no block routers: threshold= and cap=True are about those.")
+    if budget.cap and routed.clock.pipeline is None:
+        raise BudgetError(
+            "cap=True bounds a whole generation, and a bare transformer does not know where one begins. Attach to the pipeline."
+        )
     if routed.routed:
         # Raises if it cannot be reached. The length of the text is known once a picture was made; until then, the least.
         tokens, text_tokens = routed.shape
         # What goes by earlier steps has none at the first; how many will follow is not known here.
-        steps = (500.0,) * (1 if routed.drift is None else 1000)
+        steps = (500.0,) * (1 if routed.config.blocks is None else 50)
         routed.planned_ratio(steps, tokens, text_tokens if routed.shape_seen else 0, budget)
     routed.budget = budget
     return model
@@ -212,8 +216,11 @@ def _timesteps(routed: Routed, steps: int | None) -> tuple[float, ...]:
     return GRID
 
 
-def planned_ratio(model: Any, steps: int | None = None) -> float:
-    """Planned FLOPs of the next generation over those of the dense blocks; with gates, as expected from their records."""
+def planned_ratio(model: Any, steps: int | None = None) -> float | None:
+    """Planned FLOPs of the next generation over those of the dense blocks.
+
+    With gates, as expected from their records; None where there are none (weights of others at a threshold of their own).
+    """
     routed = routed_of(model)
     return routed.planned_ratio(_timesteps(routed, steps), *routed.shape) if routed.routed else 1.0
 
@@ -252,9 +259,11 @@ def summary(model: Any) -> str:
             f"{routed.residuals.megabytes:.1f} MB held of at most {reuse.max_cache_mb:g}"
         )
     gates = "" if budget.threshold is None else f", threshold = {budget.threshold}"
+    planned = planned_ratio(backbone)
+    known = "unknown (no statistics of the routers)" if planned is None else f"{planned:.4f} of dense"
     lines += [
         f"budget: {budget.kind} = {budget.value}{gates}{' (hard cap)' if budget.cap else ''}",
-        f"planned FLOPs: {planned_ratio(backbone):.4f} of dense, at {routed.shape[0]} image and {routed.shape[1]} text tokens"
+        f"planned FLOPs: {known}, at {routed.shape[0]} image and {routed.shape[1]} text tokens"
         + ("" if routed.shape_seen else " (assumed until the first picture)"),
     ]
     if routed.spending.ratio is not None:

@@ -50,6 +50,21 @@ def test_the_passes_of_a_step_are_told_apart(
         assert [(c.step, c.call, c.branch) for c in contexts] == [(step, call, branches[call]) for call in range(3)]
 
 
+class SilentPipeline:
+    """Guides by separate calls without a property that says so, as Qwen-Image's pipeline does."""
+
+    def __init__(self, pipe: StableDiffusion3Pipeline) -> None:
+        self.scheduler = pipe.scheduler
+
+
+def test_a_pipeline_that_does_not_say_whether_it_guides_is_told_by_its_calls(pipe: StableDiffusion3Pipeline) -> None:
+    silent = SilentPipeline(pipe)
+    clock = Clock(silent, "separate")
+    pipe.scheduler.set_timesteps(2)
+    for _ in range(2):
+        assert [c.branch for c in advance(pipe, passes=2, clock=clock)] == ["cond", "uncond"]
+
+
 def test_choices_live_for_one_step(pipe: StableDiffusion3Pipeline) -> None:
     clock = Clock(pipe, "separate")
     started(pipe)

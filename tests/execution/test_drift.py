@@ -112,6 +112,52 @@ def test_a_batch_is_its_samples_and_guidance_may_be_split(pipe: StableDiffusion3
             torch.testing.assert_close(alone[0], together[i], atol=2e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_the_conditional_branch_decides_for_both_batched_or_split(pipe: StableDiffusion3Pipeline) -> None:
+    runs = {}
+    for split in (False, True):
+        routed = free(pipe, 0.55, warmup=0.05)
+        cond, uncond = inputs(2), inputs(2, seed=1)
+        pipe.scheduler.set_timesteps(16)
+        outputs, decided = [], []
+        decide = routed.decide
+
+        def noting(block: int, x: Tensor, text: Tensor | None) -> Any:
+            parts = decide(block, x, text)  # noqa: B023
+            decided.append(parts * (len(x) // len(parts)))  # noqa: B023
+            return parts
+
+        routed.decide = noting
+        for time in pipe.scheduler.timesteps:
+            stamp = {"timestep": time.expand(2)}
+            if split:
+                with sl.branch(pipe, "cond"):
+                    first = pipe.transformer(**cond, **stamp, return_dict=False)[0]
+                with sl.branch(pipe, "uncond"):
+                    second = pipe.transformer(**uncond, **stamp, return_dict=False)[0]
+                outputs.append(torch.cat([second, first]))
+            else:
+                both = {name: torch.cat([uncond[name], cond[name]]) for name in cond} | {"timestep": time.expand(4)}
+                with sl.branch(pipe, "both"):
+                    outputs.append(pipe.transformer(**both, return_dict=False)[0])
+            pipe.scheduler.step(outputs[-1][:2], time, outputs[-1][:2])
+        runs[split] = torch.stack(outputs)
+        halves = zip(decided[::2], decided[1::2], strict=True) if split else ((p[:2], p[2:]) for p in decided)
+        assert split or all(first == second for first, second in halves)
+        assert routed.spending.actions["reuse"] > 0
+    torch.testing.assert_close(runs[True], runs[False], atol=2e-5, rtol=1e-4)
+
+
+def test_what_must_run_is_paid_for_by_later_steps(pipe: StableDiffusion3Pipeline) -> None:
+    routed = free(pipe, 0.7, warmup=0.1)
+    entry = routed._entry
+    routed._entry = lambda block, x, text: None if block == 3 else entry(block, x, text)  # no room for its residuals
+    walk(pipe, inputs(1), 12)
+    planned = sl.planned_ratio(pipe, 12)
+    walk(pipe, inputs(1), 12)
+    assert routed.spending.ratio <= planned * (1 + 1e-9) and routed.spending.actions["reuse"] > 0
+
+
 def test_everything_is_dense_and_prompts_do_not_meet(pipe: StableDiffusion3Pipeline, sample: Any) -> None:
     dense = sample(pipe, PROMPTS[:1])
     free(pipe, 0.6)

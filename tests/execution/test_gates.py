@@ -10,7 +10,8 @@ from torch import Tensor
 import shivelight as sl
 from shivelight.adapter import routed_of
 from shivelight.cost import step_flops
-from shivelight.execution.gates import Cap, Part, choose_action, choose_width
+from shivelight.execution.gates import Cap, Decision, choose_action, choose_width
+from shivelight.execution.planning import Budget
 from shivelight.routing import Dial
 
 PROMPTS = ["a red apple", "blue bird", "an owl on stripes"]
@@ -72,12 +73,12 @@ def walk(pipe: StableDiffusion3Pipeline, call: dict[str, Tensor], steps: int) ->
     return latents
 
 
-def watch(routed: Any) -> dict[tuple[int, int], tuple[Part, ...]]:
+def watch(routed: Any) -> dict[tuple[int, int], tuple[Decision, ...]]:
     """Every decision from now on, by (step, block)."""
-    seen: dict[tuple[int, int], tuple[Part, ...]] = {}
+    seen: dict[tuple[int, int], tuple[Decision, ...]] = {}
     decide = routed.decide
 
-    def noting(block: int, x: Tensor, text: Tensor | None) -> tuple[Part, ...]:
+    def noting(block: int, x: Tensor, text: Tensor | None) -> tuple[Decision, ...]:
         parts = decide(block, x, text)
         seen[routed.context.step, block] = parts * (len(x) // len(parts))
         return parts
@@ -253,13 +254,13 @@ def test_step_mode_follows_the_routers_of_the_step_before(pipe: StableDiffusion3
     routed.read_gates = noting
     seen = watch(routed)
     walk(pipe, inputs(3), 6)
-    assert all(part == Part("run", 64) for block in routed.routed for part in seen[0, block])
+    assert all(part == Decision("run", 64) for block in routed.routed for part in seen[0, block])
     for (step, block), parts in seen.items():
         for sample, part in enumerate(parts):
             if step:
                 word = said[step - 1, block][sample].tolist()
                 assert part == (
-                    Part("run", 64, choose_width(word, Dial(), WIDTHS)) if word[0] >= 0 else Part("skip", 0)
+                    Decision("run", 64, choose_width(word, Dial(), WIDTHS)) if word[0] >= 0 else Decision("skip", 0)
                 )
 
 
@@ -380,3 +381,113 @@ def test_budgets_that_an_adapter_cannot_keep_are_refused(pipe: StableDiffusion3P
     with pytest.raises(sl.BudgetError, match="compute=0.1 cannot be reached") as caught:
         sl.set_budget(pipe, compute=0.1)
     sl.set_budget(pipe, compute=caught.value.nearest)
+
+
+def test_samples_that_never_ran_whole_do_not_share_keys_with_those_that_did(pipe: StableDiffusion3Pipeline) -> None:
+    """A sample whose block was skipped in the warm-up has no keys and values to lend its rejected tokens."""
+    routed = gated(pipe, sl.Reuse(margin=0.0, warmup=0.1), tokens=True, widths=(1.0,))
+    sl.set_budget(pipe, keep=0.6, threshold=0.5)
+    words = {0: [[5.0, 0.0], [-5.0, 0.0]]}  # at the first step the second sample skips every block; then both run
+    read = routed.read_gates
+
+    def scripted(block: int, x: Tensor, text: Any, first: int = 0) -> Tensor:
+        both = words.get(routed.context.step, [[5.0, 0.0]] * 2)
+        return torch.tensor(both)[scripted.samples]  # type: ignore[attr-defined]
+
+    call = inputs(2)
+    routed.read_gates = scripted
+    scripted.samples = [0, 1]  # type: ignore[attr-defined]
+    together = walk(pipe, call, 6)
+    for i in range(2):
+        scripted.samples = [i]  # type: ignore[attr-defined]
+        alone = walk(pipe, {name: value[i : i + 1] for name, value in call.items()}, 6)
+        torch.testing.assert_close(alone[0], together[i], atol=2e-5, rtol=1e-4)
+    routed.read_gates = read
+
+
+def test_an_mlp_that_cannot_be_narrowed_is_planned_and_counted_whole(pipe: StableDiffusion3Pipeline) -> None:
+    routed = gated(pipe, decide="static")
+    walk(pipe, inputs(1), 5)
+    sl.set_budget(pipe, compute=0.6)
+    free_plan = sl.planned_ratio(pipe, 5)
+    for block in pipe.transformer.transformer_blocks[1:]:
+        block.ff.net[2].forward = block.ff.net[2].forward  # as a layer-wise hook leaves it
+    routed.gates.clear()
+    seen = watch(routed)
+    planned = sl.planned_ratio(pipe, 5)
+    walk(pipe, inputs(2), 5)
+    assert {part.width for parts in seen.values() for part in parts if part.action == "run"} == {1.0}
+    assert planned == pytest.approx(routed.spending.ratio, rel=1e-9) and planned <= 0.6
+    assert free_plan <= 0.6
+
+
+def test_a_bare_transformer_has_no_step_before(pipe: StableDiffusion3Pipeline) -> None:
+    gated(pipe)
+    torch.manual_seed(1)
+    sl.detach(pipe)
+    sl.attach(pipe.transformer, sl.RoutingConfig(None, sl.BlockRouting(start="random", token_stride=1, decide="step")))
+    sl.set_budget(pipe.transformer, threshold=0.5)
+    first, second = (inputs(2, seed) | {"timestep": torch.full((2,), 500.0)} for seed in (1, 2))
+    with torch.no_grad():
+        alone = pipe.transformer(**second, return_dict=False)[0]
+        pipe.transformer(**first, return_dict=False)
+        assert torch.equal(pipe.transformer(**second, return_dict=False)[0], alone)
+    with pytest.raises(sl.BudgetError, match="Attach to the pipeline"):
+        sl.set_budget(pipe.transformer, compute=0.9, cap=True)
+
+
+def test_the_first_step_of_step_mode_is_in_the_plan(pipe: StableDiffusion3Pipeline) -> None:
+    for decide, first in (("step", 1.0), ("block", 0.0)):
+        routed = gated(pipe, decide=decide)
+        walk(pipe, inputs(1), 4)
+        request = routed.request((900.0, 600.0, 300.0), 64, 7)
+        planner = routed.gates._gate_planner(request, Budget("compute", 0.6), routed.schedule(request).keep)
+        whole = sum(routed.planner.costs[block].flops(64, 7) for block in routed.routed)
+        assert planner.cost_by_step(-60.0).tolist() == [first * whole, 0.0, 0.0]
+
+
+def test_reuse_needs_one_whole_step_even_without_warm_up(pipe: StableDiffusion3Pipeline) -> None:
+    routed = gated(pipe, sl.Reuse(margin=0.2, max_reuses=3, warmup=0.0), tokens=True, decide="static")
+    walk(pipe, inputs(1), 8)
+    sl.set_budget(pipe, compute=0.6)
+    assert sl.current_schedule(pipe, 8).row(0) == (64, 64, 64)
+    planned = sl.planned_ratio(pipe, 8)
+    walk(pipe, inputs(2), 8)
+    assert routed.spending.ratio == pytest.approx(planned, rel=1e-9)
+
+
+def test_guidance_without_order_is_refused_for_gates_too(pipe: StableDiffusion3Pipeline) -> None:
+    gated(pipe)
+    sl.set_budget(pipe, threshold=0.5)
+    call = inputs(3) | {"timestep": torch.full((3,), 500.0)}
+    with torch.no_grad():
+        with sl.branch(pipe, "uncond"), pytest.raises(sl.ShivelightError, match="came before the conditional"):
+            pipe.transformer(**call, return_dict=False)
+        with sl.branch(pipe, "both"), pytest.raises(sl.ShivelightError, match="has 3 samples"):
+            pipe.transformer(**call, return_dict=False)
+
+
+def test_a_variant_of_the_token_ratios_has_a_plan_of_its_own(pipe: StableDiffusion3Pipeline) -> None:
+    routed = gated(pipe, tokens=True, decide="static")
+    with torch.no_grad():
+        routed.policy.layer_out.normal_()
+    walk(pipe, inputs(1), 5)
+    sl.set_budget(pipe, compute=0.6)
+    for variant in ({}, {"ratios": "fixed"}):
+        with routed.variant(**variant):
+            planned = sl.planned_ratio(pipe, 5)
+            walk(pipe, inputs(2), 5)
+            assert routed.spending.ratio == pytest.approx(planned, rel=1e-9) and planned <= 0.6
+
+
+def test_an_unknown_cost_is_said_to_be_unknown(pipe: StableDiffusion3Pipeline) -> None:
+    sl.attach(pipe, sl.RoutingConfig(None, sl.BlockRouting()))
+    sl.set_budget(pipe, threshold=0.5)
+    assert sl.planned_ratio(pipe) is None and "unknown (no statistics" in sl.summary(pipe)
+
+
+def test_a_fresh_router_stands_on_its_own_threshold_and_runs(pipe: StableDiffusion3Pipeline) -> None:
+    sl.attach(pipe, sl.RoutingConfig(None, sl.BlockRouting()))
+    sl.set_budget(pipe, threshold=0.7)  # where the full-capacity start lies
+    walk(pipe, inputs(1), 2)
+    assert routed_of(pipe).spending.actions["skip"] == 0

@@ -27,6 +27,7 @@ def test_static_decisions_never_wait_for_the_device(pipe: StableDiffusion3Pipeli
     routed = routed_of(pipe)
     if routed.gates is not None:
         routed.gates.records.add(torch.rand(64) * 1000, torch.randn(64, 3), torch.randn(64, 3, 4))
+        routed.gates.set_orders(pipe.transformer, {block: torch.randperm(128) for block in routed.routed})
     sl.set_budget(pipe, compute=0.7)
     call: dict[str, Any] = {
         "hidden_states": torch.randn(2, 4, 16, 16, device="cuda"),

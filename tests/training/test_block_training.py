@@ -14,6 +14,7 @@ from torch import Tensor
 
 import shivelight as sl
 from shivelight.adapter import routed_of
+from shivelight.execution.reuse import CachedPass
 from shivelight.training.session import BlockSession, TeacherRecord, TokenSession
 from shivelight.training.trainer import Trainer
 
@@ -152,7 +153,7 @@ def test_a_run_of_gates_that_was_killed_goes_on_exactly(make_trainer: MakeTraine
     routing = sl.RoutingConfig(None, sl.BlockRouting(), sl.DeltaConfig(rank=2))
     whole = make_trainer("whole", routing=routing)
     whole.run()
-    expected = {name: value.clone() for name, value in {**whole.named_parameters(), **whole._named_buffers()}.items()}
+    expected = {name: value.clone() for name, value in whole.state_tensors().items()}
     losses = [record["loss"] for record in whole.history]
     whole.close()
     first = make_trainer("parts", routing=routing)
@@ -161,7 +162,7 @@ def test_a_run_of_gates_that_was_killed_goes_on_exactly(make_trainer: MakeTraine
     second = make_trainer("parts", routing=routing)
     second.run()
     assert [record["loss"] for record in second.history] == losses
-    found = {**second.named_parameters(), **second._named_buffers()}
+    found = second.state_tensors()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
@@ -199,3 +200,48 @@ def test_an_adapter_whose_channel_order_is_no_permutation_is_refused(
     with pytest.raises(sl.AdapterError, match="order of block 2"):
         sl.load_adapter(pipe, folder)
     assert routed_of(pipe, missing_ok=True) is None
+
+
+@pytest.mark.parametrize("estimator", ["input", "residual"])
+def test_tokens_of_a_skipped_sample_get_no_gradient_with_reuse_or_the_input_estimator(
+    pipe: StableDiffusion3Pipeline, estimator: Any
+) -> None:
+    model = pipe.transformer
+    routed = attach_near_threshold(
+        model, sl.RoutingConfig(sl.TokenRouting(), dataclasses.replace(BLOCKS, widths=(1.0,)))
+    )
+    teacher = dense_record(model)
+    with torch.no_grad():
+        routed.gates.router.routers["2"].gate_head.bias.fill_(-1e4)
+    ratios = torch.full((1, 3), 0.5, requires_grad=True)
+    x = torch.randn(4, 64, 32)
+    cached = {b: CachedPass(x, 0.1 * torch.randn(4, 64, 32), torch.rand(4, 64), {}) for b in routed.routed}
+    routed.session = TokenSession(
+        routed.routed, ratios, teacher, estimator=estimator, cached=cached if estimator == "residual" else {}
+    )
+    routed.gate_session = BlockSession(teacher, (1.0,))
+    routed.config = dataclasses.replace(routed.config, reuse=sl.Reuse(context=False))
+    model(**call())[0].square().sum().backward()
+    assert ratios.grad is not None and ratios.grad[0, 1] == 0 and ratios.grad[0, 2] != 0
+
+
+def test_gradient_checkpointing_trains_the_same_gates(make_trainer: MakeTrainer) -> None:
+    routing = sl.RoutingConfig(
+        sl.TokenRouting(), sl.BlockRouting(start="random", token_stride=1), sl.DeltaConfig(rank=2)
+    )
+    gradients = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(f"run-{checkpointing}", routing=routing, router_steps=0, policy_steps=0)
+        if checkpointing:
+            trainer.backbone.enable_gradient_checkpointing()
+            trainer.backbone.train()
+        trainer.train_step()
+        gradients.append({name: p.detach().clone() for name, p in trainer.named_parameters().items()})
+        trainer.close()
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, atol=1e-5, rtol=1e-3)
+
+
+def test_what_has_nothing_to_train_is_refused(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(sl.TrainingError, match="router='drift' has nothing to train"):
+        make_trainer(routing=sl.RoutingConfig.training_free(compute=0.5, axis="blocks"))

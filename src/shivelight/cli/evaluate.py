@@ -71,7 +71,12 @@ def evaluate(
     other = finetuned or (str(embedded.FINETUNED) if pipeline is None and embedded.FINETUNED.is_dir() else None)
     second = reusing or (str(embedded.REUSING) if pipeline is None and embedded.REUSING.is_dir() else None)
     weights = None if other is None else read_deltas(pipe, other)
-    if comparison.routed.config.blocks is not None:
+    blocks = comparison.routed.config.blocks is not None
+    if blocks and keep:
+        raise typer.BadParameter("This adapter routes blocks: bound it by --compute.", param_hint="--keep")
+    if compute and not blocks:
+        raise typer.BadParameter("This adapter routes no blocks: bound it by --keep.", param_hint="--compute")
+    if blocks:
         points = block_points(comparison, compute or [0.7, 0.5, 0.35], weights, baselines)
     else:
         points = standard_points(

@@ -9,6 +9,7 @@ import typer
 from PIL import Image
 
 import shivelight as sl
+from shivelight.adapter import routed_of
 from shivelight.cli import common
 from shivelight.demo import pipeline as embedded
 from shivelight.evaluation.results import new_results, new_row
@@ -20,7 +21,11 @@ def generate(
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("shivelight.png"),
     pipeline: common.PipelineOption = None,
     adapter: common.AdapterOption = None,
-    keep: Annotated[float, typer.Option(help="Mean token keep ratio, in (0, 1].")] = 0.6,
+    keep: Annotated[float | None, typer.Option(help="Mean token keep ratio, in (0, 1]; 0.6 by default.")] = None,
+    compute: Annotated[float | None, typer.Option(help="Or a share of the dense FLOPs.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Or, of block routers, the probability from which they run.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = embedded.STEPS,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = embedded.GUIDANCE,
     count: Annotated[int, typer.Option(min=1, help="Pictures, each from a seed of its own.")] = 4,
@@ -34,7 +39,11 @@ def generate(
     """
     pipe = common.open_pipeline(pipeline, device)
     sl.load_adapter(pipe, adapter or embedded.ADAPTER)
-    sl.set_budget(pipe, keep=keep)
+    if keep is None and compute is None and threshold is None:
+        keep = 0.6
+    sl.set_budget(pipe, keep=keep, compute=compute, threshold=threshold)
+    asked = {"keep": keep, "compute": compute, "threshold": threshold}
+    budget = {name: value for name, value in asked.items() if value is not None}
     options = common.call_options(pipe, pipeline)
 
     def draw() -> tuple[list[Image.Image], float]:
@@ -59,14 +68,24 @@ def generate(
     with replacing(out) as unfinished:
         sheet.save(unfinished)
     ratio = sl.planned_ratio(pipe)
+    known = "unknown" if ratio is None else f"{ratio:.3f}"
     common.say(
-        f"dense {dense_seconds:.2f} s, routed {routed_seconds:.2f} s (one run, unmeasured warm-up); planned FLOPs {ratio:.3f}"
+        f"dense {dense_seconds:.2f} s, routed {routed_seconds:.2f} s (one run, unmeasured warm-up); planned FLOPs {known}"
     )
     common.say(f"pictures: {out} (dense above, routed below)")
     if json is not None:
+        config = routed_of(pipe).config
+        method = "+".join(name for name in ("tokens", "blocks") if getattr(config, name) is not None)
         results = new_results(seed=seed, device=device, backbone={"class": type(pipe.transformer).__name__})
         results["rows"] = [
             new_row("dense", steps=steps, batch=count, guidance=guidance),
-            new_row("tokens", {"keep": keep}, steps=steps, batch=count, guidance=guidance, planned_ratio=ratio),
+            new_row(
+                method,
+                budget,
+                steps=steps,
+                batch=count,
+                guidance=guidance,
+                **({} if ratio is None else {"planned_ratio": ratio}),
+            ),
         ]
         common.save_json(json, results)

@@ -184,7 +184,8 @@ class Comparison:
         """
         timings = self.time([self.dense(), *points], rounds, warmup=1, progress=progress)
         counts = {round(self.setting.steps / timings.speedup(point.name, self.dense().name).value) for point in points}
-        counts |= {round(self.setting.steps * self.planned(point)) for point in points}
+        plans = [self.planned(point) for point in points]
+        counts |= {round(self.setting.steps * plan) for plan in plans if plan is not None}
         return [self.dense(steps) for steps in sorted(counts, reverse=True) if 0 < steps < self.setting.steps]
 
     def time(
@@ -227,8 +228,8 @@ class Comparison:
             self.call(["a picture"], point.steps)
         return sum(counter.get_flop_counts()[name].values())
 
-    def planned(self, point: OperatingPoint) -> float:
-        """Planned FLOPs of the blocks in one generation over those of the dense reference."""
+    def planned(self, point: OperatingPoint) -> float | None:
+        """Planned FLOPs of the blocks in one generation over those of the dense reference; None where nothing is known."""
         if not point.budget:
             return point.steps / self.setting.steps
         if not self.routed.shape_seen:
@@ -236,7 +237,8 @@ class Comparison:
             with self.routed.switched(True):
                 self.call(["a picture"], 1)
         with point.state():
-            return planned_ratio(self.pipe, point.steps) * point.steps / self.setting.steps
+            plan = planned_ratio(self.pipe, point.steps)
+            return None if plan is None else plan * point.steps / self.setting.steps
 
     def _peak_memory_mb(self, point: OperatingPoint) -> float | None:
         with point.state():
@@ -271,15 +273,15 @@ class Comparison:
             figures: dict[str, Any] = {
                 "steps": point.steps, "batch": 1, "guidance": self.setting.guidance,
                 "dtype": str(self.backbone.dtype).removeprefix("torch."), "compiled": False,
-                "planned_ratio": planned, "flops_ratio": self.counted_flops(point) / dense_flops,
+                "flops_ratio": self.counted_flops(point) / dense_flops,
                 "latency_ms": timings.latency_ms(point.name), "speedup": speedup,
                 "speedup_end_to_end": timings.speedup(point.name, reference.name, seed=self.setting.seed),
-                "efficiency": replace(
-                    speedup, value=speedup.value * planned, low=speedup.low * planned, high=speedup.high * planned
-                ),
                 "peak_memory_mb": self._peak_memory_mb(point),
                 "samples": len(pictures[point.name]),
             }  # fmt: skip
+            if planned is not None:
+                values = {name: getattr(speedup, name) * planned for name in ("value", "low", "high")}
+                figures |= {"planned_ratio": planned, "efficiency": replace(speedup, **values)}
             if point is not reference:
                 figures |= fidelity_to_dense(
                     pictures[point.name], pictures[reference.name], self.setting.seed

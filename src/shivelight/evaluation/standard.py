@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from shivelight.config import Reuse
-from shivelight.evaluation.comparison import Comparison, OperatingPoint
+from shivelight.evaluation.comparison import Comparison, OperatingPoint, Variant
 from shivelight.execution.folding import Delta, FoldedWeights
 from shivelight.execution.routed import Routed
 
@@ -32,7 +32,7 @@ def standard_points(
         if reusing is not None:
             points.append(comparison.other_adapter("tokens+reuse", *reusing, keep=keep))
         if keep in baseline_keeps:
-            plan = math.floor(1e4 * comparison.planned(comparison.tokens(keep))) / 1e4
+            plan = math.floor(1e4 * (comparison.planned(comparison.tokens(keep)) or 1.0)) / 1e4
             points += [
                 comparison.training_free(keep),
                 comparison.routed_point("fixed", compute=plan, variant={"ratios": "fixed"}),
@@ -54,11 +54,15 @@ def block_points(
     points = [comparison.dense()]
     if finetuned is not None:
         points.append(comparison.finetuned(finetuned))
+    config = comparison.routed.config
+    needs_reuse = (config.tokens is not None and config.tokens.sees_drift) or comparison.routed.gates is None
+    without: Variant = {"reuse": config.reuse if needs_reuse else None}
     for compute in computes:
-        without, reuse = {"reuse": None}, {"reuse": Reuse()}
-        points.append(comparison.routed_point(name, compute=compute, variant=without))
+        if not needs_reuse:
+            points.append(comparison.routed_point(name, compute=compute, variant=without))
+        reuse = {"reuse": config.reuse or Reuse()}
         points.append(comparison.routed_point(f"{name}+reuse", compute=compute, variant=reuse))
-        if ablations:
+        if ablations and comparison.routed.gates is not None:
             for decide in ("static", "step"):
                 blocks = {"blocks": {"decide": decide}}
                 points.append(comparison.routed_point(f"{name}-{decide}", compute=compute, variant=without | blocks))
@@ -71,7 +75,7 @@ def with_fewer_steps(comparison: Comparison, points: Sequence[OperatingPoint], a
 
     Of step counts that are less than `apart` apart, only the larger stands.
     """
-    routed = [point for point in points if point.method in ("tokens", "tokens+reuse", "blocks", "tokens+blocks")]
+    routed = [point for point in points if point.method.startswith(("tokens", "blocks"))]
     chosen: list[OperatingPoint] = []
     for point in comparison.fewer_steps(routed):
         if not chosen or chosen[-1].steps - point.steps >= apart:

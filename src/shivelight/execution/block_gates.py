@@ -15,7 +15,7 @@ from shivelight.config import BlockRouting, Reuse
 from shivelight.errors import BudgetError, UnsupportedBackboneError
 from shivelight.execution.context import GRID, StepContext
 from shivelight.execution.gate_plan import GatePlan, GatePlanner
-from shivelight.execution.gates import Cap, GateWords, Part, choose_action, choose_width
+from shivelight.execution.gates import Cap, Decision, GateWords, choose_action, choose_width
 from shivelight.execution.planning import Budget, Planner, Request
 from shivelight.execution.reuse import BlockResiduals
 from shivelight.execution.width import NarrowMlps
@@ -50,6 +50,8 @@ class BlockGates(nn.Module):
         self.records = GateRecords(len(planner.routed), len(config.widths))
         self.words = GateWords(config)
         self.cap: tuple[Budget, Cap] | None = None
+        # Blocks whose MLP cannot be narrowed now (a LoRA, quantised weights); looked up once a generation.
+        self._whole: frozenset[int] | None = None
         self.narrow: NarrowMlps | None = None
         if len(config.widths) == 1:
             return
@@ -95,7 +97,7 @@ class BlockGates(nn.Module):
 
     def clear(self) -> None:
         """Drop what belongs to one generation."""
-        self.cap = None
+        self.cap, self._whole = None, None
         self.words.clear()
         if self.narrow is not None:
             self.narrow.forget()
@@ -104,7 +106,11 @@ class BlockGates(nn.Module):
         """Where the gates stand in a generation whose token schedule is `kept`, or None where every block runs."""
         if budget.everything or (budget.kind == "keep" and budget.threshold is None):
             return None
-        key = (budget, request, self.config, self.reuse)
+        if self._whole is None:
+            narrow = self.narrow
+            reasons = {} if narrow is None else {block: narrow.can_narrow(block) for block in self.planner.routed}
+            self._whole = frozenset(block for block, reason in reasons.items() if reason is not None)
+        key = (budget, request, self.config, self.reuse, self._whole, tuple(kept))
         return self.planner.once(key, lambda: self._solve(request, budget, kept))
 
     def _solve(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> GatePlan:
@@ -128,7 +134,9 @@ class BlockGates(nn.Module):
             request.attended,
             budget.threshold or config.threshold,
             None if reuse is None or bare else (reuse.margin, reuse.max_reuses, self._first_reuse(len(kept))),
-            config.decide == "static",
+            config.decide,
+            [block in (self._whole or ()) for block in self.planner.routed],
+            request.tokens,
         )
 
     def _first_reuse(self, steps: int) -> int:
@@ -158,7 +166,7 @@ class BlockGates(nn.Module):
         cap: Cap | None,
         read: Reader,
         request: Request,
-    ) -> tuple[Part, ...]:
+    ) -> tuple[Decision, ...]:
         """What each of the B samples does in this block.
 
         Args:
@@ -183,18 +191,17 @@ class BlockGates(nn.Module):
         for sample, (word, kept) in enumerate(zip(words, counts, strict=True)):
             dial = plan.dial if shifts is None else Dial(plan.dial.threshold, shifts[sample])
             may_reuse = entry is not None and self.reuse is not None and entry.may_serve(sample, self.reuse.max_reuses)
-            part = Part(
-                choose_action(word[0], dial, margin, may_reuse), kept, choose_width(word, dial, self.config.widths)
-            )
+            width = 1.0 if block in (self._whole or ()) else choose_width(word, dial, self.config.widths)
+            part = Decision(choose_action(word[0], dial, margin, may_reuse), kept, width)
             if cap is not None and part.action == "run":
                 flops = self.flops(block, part, request)
                 if not cap.spend(context.call, context.step, sample, len(counts), flops):
-                    part = Part("reuse" if may_reuse else "skip", 0)
-            parts.append(part if part.action == "run" else Part(part.action, 0))
+                    part = Decision("reuse" if may_reuse else "skip", 0)
+            parts.append(part if part.action == "run" else Decision(part.action, 0))
         return tuple(parts)
 
-    def flops(self, block: int, part: Part, request: Request) -> float:
-        """FLOPs of a part that runs."""
+    def flops(self, block: int, part: Decision, request: Request) -> float:
+        """FLOPs of a decision to run."""
         return self.planner.costs[block].flops(part.tokens, request.text_tokens, part.width, request.attended)
 
     def hard_bound(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> Cap | None:
@@ -215,7 +222,11 @@ class BlockGates(nn.Module):
         """The routers' word on every sample of the batch, or None where nothing is known yet."""
         if plan.logits is not None:
             place = self.planner.routed.index(block)
-            rows = [context.step] * batch if context.steps is not None else self._coarse_rows(context, batch)
+            rows = [context.step] * batch
+            if context.steps is None:
+                if "coarse" not in context.memo:  # one transfer a pass
+                    context.memo["coarse"] = self._coarse_rows(context, batch)
+                rows = context.memo["coarse"]
             return [[plan.logits[0][row][place], *plan.logits[1][row][place]] for row in rows]
         half = batch // 2 if context.branch == "both" and self.config.cfg_gates == "cond" else 0
         words = self.words.of(block, context, lambda: read(block, half))

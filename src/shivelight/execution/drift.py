@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from shivelight.config import Reuse
+from shivelight.config import BlockRouting, Reuse
 from shivelight.errors import BudgetError
 from shivelight.execution.context import StepContext
-from shivelight.execution.gates import Part
+from shivelight.execution.gates import Decision
 from shivelight.execution.planning import Budget, Planner, Request
 from shivelight.execution.reuse import BlockResiduals
 
@@ -40,18 +40,20 @@ class DriftGates:
     """Which blocks run, by how far their residual moved when it was last computed, relative to its length, times its age.
 
     Args:
-        reuse: of residuals; `max_reuses` bounds how long a block may stay out.
+        config: of block routing; with cfg_gates="cond" the conditional branch's residuals decide for both.
+        reuse: of residuals; a block that was left out `max_reuses` times in a row comes first.
         planner: of the backbone; knows the routed blocks and their costs.
     """
 
-    def __init__(self, reuse: Reuse, planner: Planner) -> None:
-        self.reuse, self.planner = reuse, planner
+    def __init__(self, config: BlockRouting, reuse: Reuse, planner: Planner) -> None:
+        self.config, self.reuse, self.planner = config, reuse, planner
         self._chosen: list[set[int]] | None = None
         self._saved: dict[int, list[float]] = {}
 
     def begin(self, context: StepContext) -> None:
-        """A pass begins."""
-        self._chosen = None
+        """A pass begins; a separate unconditional one follows the conditional one's choice."""
+        if context.branch != "uncond" or self.config.cfg_gates == "each":
+            self._chosen = None
 
     def clear(self) -> None:
         """Drop what belongs to one generation."""
@@ -62,7 +64,9 @@ class DriftGates:
         """What a generation whose token schedule is `kept` may spend, or None where every block runs."""
         if budget.everything or budget.kind == "keep":
             return None
-        return self.planner.once(("drift", budget, request, self.reuse), lambda: self._solve(request, budget, kept))
+        return self.planner.once(
+            ("drift", budget, request, self.reuse, tuple(kept)), lambda: self._solve(request, budget, kept)
+        )
 
     def _solve(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> DriftPlan:
         planner, steps = self.planner, len(kept)
@@ -95,7 +99,7 @@ class DriftGates:
         context: StepContext,
         find: Find,
         request: Request,
-    ) -> tuple[Part, ...]:
+    ) -> tuple[Decision, ...]:
         """What each of the B samples does in this block; settled for all blocks at the first one of a pass.
 
         Args:
@@ -109,54 +113,61 @@ class DriftGates:
         """
         chosen = self._chosen
         if chosen is None or len(chosen) != batch:
-            chosen = self._chosen = self._choose(batch, kept, plan, context, find, request)
+            first = batch // 2 if context.branch == "both" and self.config.cfg_gates == "cond" else 0
+            chosen = self._choose(range(first, batch), kept, plan, context, find, request)
+            chosen = self._chosen = [*chosen, *chosen] if first else chosen
         entry = find(block)
         return tuple(
-            Part("run", kept[self.planner.routed.index(block)])
+            Decision("run", kept[self.planner.routed.index(block)])
             if block in runs or entry is None or not entry.complete[sample]  # without memory for residuals it must run
-            else Part("reuse", 0)
+            else Decision("reuse", 0)
             for sample, runs in enumerate(chosen)
         )
 
     def _choose(
-        self, batch: int, kept: Sequence[int], plan: DriftPlan, context: StepContext, find: Find, request: Request
+        self, samples: range, kept: Sequence[int], plan: DriftPlan, context: StepContext, find: Find, request: Request
     ) -> list[set[int]]:
         """The blocks that run, for each sample: those that need it most, as far as the step's allotment goes."""
-        needs = self._needs(batch, context.step, find)
+        needs, forced = self._needs(samples, context.step, find)
         prices = {block: self._price(block, k, request) for block, k in zip(self.planner.routed, kept, strict=True)}
         saved = self._saved.get(context.call)
-        if saved is None or len(saved) != batch:
-            saved = self._saved[context.call] = [0.0] * batch
+        if saved is None or len(saved) != len(samples):
+            saved = self._saved[context.call] = [0.0] * len(samples)
         chosen: list[set[int]] = []
-        for sample in range(batch):
+        for sample in range(len(samples)):
             left = plan.allotted[context.step] * (1 + 1e-9) + saved[sample]
-            runs: set[int] = set()
+            # What has no residual runs in any case, and is paid for by the steps to come if this one cannot.
+            runs = {block for block in self.planner.routed if forced[block][sample]}
+            left -= sum(prices[block] for block in runs)
             for block in sorted(self.planner.routed, key=lambda block: -needs[block][sample]):
-                if prices[block] <= left:
+                if block not in runs and prices[block] <= left:
                     runs.add(block)
                     left -= prices[block]
             saved[sample] = left
             chosen.append(runs)
         return chosen
 
-    def _needs(self, batch: int, step: int, find: Find) -> dict[int, list[float]]:
-        """How much each block needs to run, per sample; one transfer for all blocks."""
+    def _needs(self, samples: range, step: int, find: Find) -> tuple[dict[int, list[float]], dict[int, list[bool]]]:
+        """How much each block needs to run, and whether it must, for each of the samples; one transfer for all blocks."""
         entries = {block: find(block) for block in self.planner.routed}
         moved = {block: entry.relative_drift() for block, entry in entries.items() if entry is not None}
         drifts: dict[int, list[float]] = {}
         if moved:
             drifts = dict(zip(moved, torch.stack(list(moved.values())).tolist(), strict=True))
         needs: dict[int, list[float]] = {}
+        forced: dict[int, list[bool]] = {}
         for block, entry in entries.items():
             if entry is None:
-                needs[block] = [math.inf] * batch
+                needs[block], forced[block] = [math.inf] * len(samples), [True] * len(samples)
                 continue
-            ages = [step - ran for ran in entry.ran_at]
+            forced[block] = [not entry.complete[sample] for sample in samples]
             needs[block] = [
-                drift * age if entry.may_serve(sample, self.reuse.max_reuses) else math.inf
-                for sample, (drift, age) in enumerate(zip(drifts[block], ages, strict=True))
+                drifts[block][sample] * (step - entry.ran_at[sample])
+                if entry.may_serve(sample, self.reuse.max_reuses)
+                else math.inf
+                for sample in samples
             ]
-        return needs
+        return needs, forced
 
     def _price(self, block: int, kept: int, request: Request) -> float:
         return self.planner.costs[block].flops(kept, request.text_tokens, attended=request.attended)

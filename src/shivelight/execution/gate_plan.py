@@ -47,7 +47,9 @@ class GatePlanner:
         attended: image tokens that are attended to, if more than those that run.
         threshold: tau.
         reuse: (margin, most reuses in a row, first step that may reuse), or None without reuse.
-        static: whether the records' means decide, instead of each sample's routers.
+        decide: see `BlockRouting`.
+        whole: for each routed block, whether its MLP runs whole at any width [L].
+        tokens: N; a block has a residual to add once it ran on all of them.
     """
 
     def __init__(
@@ -61,17 +63,20 @@ class GatePlanner:
         attended: int | None,
         threshold: float,
         reuse: tuple[float, int, int] | None,
-        static: bool,
+        decide: str,
+        whole: Sequence[bool],
+        tokens: int,
     ) -> None:
         self.gate, self.width = records.near(steps)
-        self.static, self.threshold, self.reuse = static, threshold, reuse
-        if static:
+        self.static, self.late, self.threshold, self.reuse = decide == "static", decide == "step", threshold, reuse
+        self.all_tokens = torch.tensor([[k == tokens for k in row] for row in kept])  # [T, L]
+        if self.static:
             self.gate, self.width = self.gate.mean(1, keepdim=True), self.width.mean(1, keepdim=True)
         self.gate, self.width = self.gate.double(), self.width.double()  # as the decisions are taken
         prices = [
             [
-                [cost.flops(k, text_tokens, share, attended) for share in widths]
-                for cost, k in zip(costs, row, strict=True)
+                [cost.flops(k, text_tokens, 1.0 if stays else share, attended) for share in widths]
+                for cost, k, stays in zip(costs, row, whole, strict=True)
             ]
             for row in kept
         ]
@@ -92,7 +97,10 @@ class GatePlanner:
         moved = self.width + shift * torch.arange(self.width.shape[-1], dtype=torch.float64)
         chosen = moved.shape[-1] - 1 - moved.flip(-1).argmax(-1)  # ties to the widest
         prices = self.prices[:, None].expand(*chosen.shape, -1).gather(-1, chosen[..., None]).squeeze(-1)
-        return (prices * self._runs(self.gate + shift)).mean(1).sum(-1)
+        costs = (prices * self._runs(self.gate + shift)).mean(1).sum(-1)
+        if self.late:  # at the first step nothing is known yet, and everything runs
+            costs[0] = self.prices[0, :, -1].sum()
+        return costs
 
     def _runs(self, logits: Tensor) -> Tensor:
         """Expected runs [T, W, L] of blocks with these gate logits: 1, 0, or between where residuals are reused."""
@@ -104,7 +112,7 @@ class GatePlanner:
         unsure = (logits >= dial.low) & (logits <= dial.high(margin))
         if not self.static:
             # A block that stays unsure runs once in (most + 1) steps.
-            unsure[:first] = False
+            unsure[: max(first, 1)] = False
             return torch.where(unsure, 1.0 / (most + 1), allowed)
         runs, stored, used = allowed.clone(), torch.zeros_like(allowed[0]).bool(), torch.zeros_like(allowed[0])
         for step in range(len(allowed)):
@@ -112,7 +120,7 @@ class GatePlanner:
             runs[step] = torch.where(reused, 0.0, allowed[step])
             ran = runs[step] > 0
             used = torch.where(ran, 0.0, used + reused)
-            stored |= ran
+            stored |= ran & self.all_tokens[step]
         return runs
 
     def plan(self, shift: float) -> GatePlan:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shivelight.config import BlockRouting
+from shivelight.errors import ShivelightError
 from shivelight.execution.context import StepContext
 from shivelight.routing import Dial
 
@@ -20,7 +21,7 @@ Word = Sequence[float]
 
 
 @dataclass(frozen=True)
-class Part:
+class Decision:
     """What some samples of a batch do in one block.
 
     Attributes:
@@ -135,7 +136,7 @@ class GateWords:
         self.config = config
         self._said: dict[int, dict[int, Tensor]] = {}
         self._heard: dict[int, list[list[float]]] = {}
-        self._rule: dict[int, list[list[float]]] = {}
+        self._rule: dict[int, list[list[float]] | None] = {}
 
     def clear(self) -> None:
         """A generation begins or ends."""
@@ -145,7 +146,8 @@ class GateWords:
         """A pass begins: in "step" mode, one transfer of what all routers said in the same pass of the step before."""
         if context.branch != "uncond":
             self._rule = {}
-        if self.config.decide != "step":
+        if self.config.decide != "step" or context.steps is None:  # a bare transformer's passes have no order
+            self._said = {}
             return
         said = self._said.pop(context.call, {})
         self._heard = {}
@@ -161,15 +163,20 @@ class GateWords:
             context: of the pass.
             read: runs the router now, [B, 1 + S].
         """
-        if context.branch == "uncond" and self.config.cfg_gates == "cond" and block in self._rule:
+        if context.branch == "uncond" and self.config.cfg_gates == "cond":
+            if block not in self._rule:
+                raise ShivelightError(
+                    "The unconditional pass came before the conditional one of its step; with cfg_gates='cond' the "
+                    "conditional branch decides for both. Run it first, under shivelight.branch(model, 'cond')."
+                )
             return self._rule[block]
-        if self.config.decide == "step":
+        if self.config.decide == "step" and context.steps is not None:
             said = read()
             self._said.setdefault(context.call, {})[block] = said
             heard = self._heard.get(block)
             words = heard if heard is not None and len(heard) == len(said) else None
         else:
             words = read().tolist()
-        if words is not None and context.branch == "cond":
+        if context.branch == "cond":
             self._rule[block] = words
         return words

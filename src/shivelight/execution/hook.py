@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from shivelight.backbones.spec import BackboneSpec
 from shivelight.errors import ShivelightError
-from shivelight.execution.gates import Part
+from shivelight.execution.gates import Decision
 from shivelight.execution.reuse import BlockResiduals
 from shivelight.execution.routed import Routed
 from shivelight.execution.tokens import gather_tokens, merge_samples, sample_index, take_samples, write_back
@@ -186,7 +186,7 @@ class BlockHook(ModelHook):
         texts = None if text is None or call.text is None else (call.text, text)
         self.routed.observer(self.block, call.image, image, indices, texts)
 
-    def _scores_for(self, x: Tensor, parts: tuple[Part, ...]) -> Tensor | None:
+    def _scores_for(self, x: Tensor, parts: tuple[Decision, ...]) -> Tensor | None:
         """Scores [B, N] to select by; None where no sample selects."""
         selects = any(part.action == "run" and part.tokens < x.shape[1] for part in parts)
         # What the conditional pass scores also serves an unconditional one that runs a block it skips itself.
@@ -202,11 +202,6 @@ class BlockHook(ModelHook):
             return routed.scores(self.block, x)
         if context.branch == "both":
             half = x.shape[0] // 2
-            if x.shape[0] != 2 * half:
-                raise ShivelightError(
-                    f"A guided batch has an unconditional and a conditional half, but this one has {x.shape[0]} samples. "
-                    "For passes of your own, say what they are with shivelight.branch(model, 'single')."
-                )
             if self._combines_both():
                 scores = routed.scores(self.block, x)
                 return torch.maximum(scores[:half], scores[half:])
@@ -233,17 +228,21 @@ class BlockHook(ModelHook):
         self,
         module: nn.Module,
         call: BlockCall,
-        parts: tuple[Part, ...],
+        parts: tuple[Decision, ...],
         selection: Selection,
         entry: BlockResiduals | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(image, text, indices of the tokens that ran, None where samples differ or all ran): samples that do the same are
         one real, smaller run."""
-        if len(parts) == 1:
+        # Samples whose keys and values are known and samples whose are not cannot run together.
+        known = [True] if entry is None else entry.complete
+        if len(parts) == 1 and len(set(known)) == 1:
             return self._run_part(module, call, parts[0], selection, entry)
+        batch = len(call.image)
+        kinds = list(zip(parts * (batch // len(parts)), known * (batch // len(known)), strict=True))
         groups, images, texts = [], [], []
-        for part in sorted(set(parts), key=lambda part: (part.action, part.tokens, part.width)):
-            members = [i for i, other in enumerate(parts) if other == part]
+        for kind in sorted(set(kinds), key=lambda kind: (kind[0].action, kind[0].tokens, kind[0].width, kind[1])):
+            part, members = kind[0], [i for i, other in enumerate(kinds) if other == kind]
             samples = sample_index(members, call.image.device)
             inner = call.of_samples(samples, runs=part.action == "run")
             own = None if entry is None else entry.take(samples, members)
@@ -258,7 +257,7 @@ class BlockHook(ModelHook):
         return merged, merge_samples(texts, groups), None
 
     def _run_part(
-        self, module: nn.Module, call: BlockCall, part: Part, selection: Selection, entry: BlockResiduals | None
+        self, module: nn.Module, call: BlockCall, part: Decision, selection: Selection, entry: BlockResiduals | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(image, text, indices) of samples that all do the same."""
         x = call.image
@@ -266,7 +265,9 @@ class BlockHook(ModelHook):
             return x, call.text, None
         if part.action == "reuse":
             assert entry is not None
-            return *entry.add(x, call.text), None
+            assert self.routed.config.reuse is not None
+            context, reuse = self.routed.context, self.routed.config.reuse
+            return *entry.add(x, call.text, context.step, reuse.max_age), None
         indices = None
         if part.tokens < x.shape[1]:  # a permuted k = N is not bit-identical, so nothing is gathered there
             assert selection.scores is not None
@@ -276,8 +277,8 @@ class BlockHook(ModelHook):
             return (image if indices is None else write_back(x, indices, image)), text, indices
         with self.routed.remembering(self.block, module, entry, indices):
             image, text = self._run(module, call, call.on_tokens(x, indices), part.width, selection.masks)
+        assert self.routed.config.reuse is not None
         reuse = self.routed.config.reuse
-        assert reuse is not None
         entry.update_text(call.text, text)
         return entry.update(x, indices, image, self.routed.context.step, reuse.max_age), text, indices
 
@@ -307,21 +308,28 @@ class BlockHook(ModelHook):
         if session is not None:
             scores, counts = session.decide(self.block, routed.scores(self.block, x))
             # A sample that skips the block says nothing about its tokens.
-            kept = self._mask_of(scores, counts, tokens) | ~torch.tensor(runs, device=x.device)[:, None]
-            entered = session.enter(self.block, x, kept)
+            kept = self._mask_of(scores, counts, tokens)
+            entered = self._where_run(runs, session.enter(self.block, x, kept), x)
         inner = BlockCall(call.spec, (), call.arguments | {call.spec.image_argument: entered})
         parts = tuple(
-            Part("run", k) if run else Part("skip", 0)
+            Decision("run", k) if run else Decision("skip", 0)
             for run, k in zip(runs, counts * (batch // len(counts)), strict=True)
         )
         parts = parts[:1] if len(set(parts)) == 1 else parts
         entry = None if session is None else session.residuals(self.block, x)
         image, text, _ = self._route(module, inner, parts, Selection(scores, masks), entry)
         if session is not None and kept is not None:
-            image = session.leave(self.block, entered, image, kept)
+            image = self._where_run(runs, session.leave(self.block, entered, image, kept), image)
         if gating is not None:
             image, text = gating.leave(self.block, (entered, call.text), (image, text))
         return call.join(image, text)
+
+    @staticmethod
+    def _where_run(runs: tuple[bool, ...], taken: Tensor, other: Tensor) -> Tensor:
+        """`taken` for samples that run the block, `other` for the rest, [B, N, D]."""
+        if all(runs):
+            return taken
+        return torch.where(torch.tensor(runs, device=taken.device)[:, None, None], taken, other)
 
     @staticmethod
     def _mask_of(scores: Tensor, counts: tuple[int, ...], tokens: int) -> Tensor:

@@ -84,10 +84,13 @@ class BlockResiduals:
         length = torch.linalg.vector_norm(self.residual.float(), dim=(1, 2))
         return torch.linalg.vector_norm(self.drift, dim=1) / length.clamp(min=torch.finfo(torch.float32).tiny)
 
-    def add(self, x: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What a block that is left out adds: x + its last residual, for both streams."""
+    def add(self, x: Tensor, text: Tensor | None, step: int, max_age: int) -> tuple[Tensor, Tensor | None]:
+        """What a block that is left out adds: x + its last residual, for both streams; tokens whose residual was computed
+        more than `max_age` steps ago pass by."""
         self.reused = [count + 1 for count in self.reused]
-        return x + self.residual, text if text is None or self.text is None else text + self.text
+        stale = (step - self.refreshed > max_age)[..., None]
+        moved = torch.where(stale, x, x + self.residual)
+        return moved, text if text is None or self.text is None else text + self.text
 
     def update_text(self, text: Tensor | None, out: Tensor | None) -> None:
         """Take in what a block has added to the text tokens [B, M, D]; `out` is None in a block that is the text's last."""
@@ -106,7 +109,7 @@ class BlockResiduals:
         """What a router is shown, `centred_log_drift` of `scores` [B, N] (0 where expired); and the expired tokens [B, N]."""
         scores = self.scores(step, max_age)
         expired = scores >= _EXPIRED
-        return torch.where(expired, 0.0, centred_log_drift(torch.where(expired, 1.0, scores))), expired
+        return centred_log_drift(scores, ~expired), expired
 
     def complete_projection(self, name: str, indices: Tensor | None, output: Tensor) -> Tensor:
         """A key or value projection of all tokens, from that of the tokens that run and the last one of the others.
@@ -167,7 +170,7 @@ class CachedPass(BlockResiduals):
         x: [B, N, D], tells shape, dtype and device.
         residual: [B, N, D], of every token.
         drift: [B, N] fp32, how far it had moved, times its age.
-        projections: by name [B, N, E]; written over in place.
+        projections: by name [B, N, E].
     """
 
     def __init__(self, x: Tensor, residual: Tensor, drift: Tensor, projections: dict[str, Tensor]) -> None:
@@ -183,15 +186,28 @@ class CachedPass(BlockResiduals):
     def put(self, samples: Tensor, chosen: Sequence[int], part: BlockResiduals) -> None:
         """Nothing is brought up to date."""
 
+    def complete_projection(self, name: str, indices: Tensor | None, output: Tensor) -> Tensor:
+        """As `BlockResiduals.complete_projection`, but never in place: gradient checkpointing runs the block a second time."""
+        return output if indices is None else write_back(self.projections[name].to(output.dtype), indices, output)
+
     def update(self, x: Tensor, indices: Tensor | None, out: Tensor, step: int, max_age: int) -> Tensor:
         """The block's output [B, N, D] completed by the residuals, as `BlockResiduals.update` does, with gradients."""
         return out if indices is None else write_back(x + self.residual.to(x.dtype), indices, out)
 
 
-def centred_log_drift(drift: Tensor) -> Tensor:
-    """log of (how far a residual moved times its age) [B, N], less its mean over the tokens; fp32."""
+def centred_log_drift(drift: Tensor, known: Tensor | None = None) -> Tensor:
+    """log of (how far a residual moved times its age) [B, N], less its mean over the tokens; fp32.
+
+    Args:
+        drift: [B, N].
+        known: [B, N] bool, the tokens that count; the others get 0. None for all.
+    """
     logs = drift.float().clamp(min=1e-6).log()
-    return logs - logs.mean(dim=1, keepdim=True)
+    if known is None:
+        return logs - logs.mean(dim=1, keepdim=True)
+    logs = torch.where(known, logs, 0.0)
+    mean = logs.sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where(known, logs - mean, 0.0)
 
 
 class ResidualCache:

@@ -14,14 +14,16 @@ from shivelight.cost import backbone_costs
 from shivelight.errors import BudgetError, ShivelightError, UnsupportedBackboneError
 from shivelight.execution.block_gates import BlockGates
 from shivelight.execution.context import GRID, Clock, StepContext
-from shivelight.execution.drift import DriftGates
+from shivelight.execution.drift import DriftGates, DriftPlan
 from shivelight.execution.folding import Delta, FoldedWeights
-from shivelight.execution.gates import Part, Spending
+from shivelight.execution.gate_plan import GatePlan
+from shivelight.execution.gates import Decision, Spending
 from shivelight.execution.planning import Budget, Planner, Request
 from shivelight.execution.reuse import BlockResiduals, ResidualCache
 from shivelight.routing import RatioPolicy, Schedule, TokenRouter
 
 NAME = "shivelight"
+_FIRST = 1e4  # far above any router's score
 
 
 class Session(Protocol):
@@ -99,7 +101,7 @@ class Routed(nn.Module):
         self.drift: DriftGates | None = None
         if config.blocks is not None and config.blocks.router == "drift":
             assert config.reuse is not None
-            self.drift = DriftGates(config.reuse, self.planner)
+            self.drift = DriftGates(config.blocks, config.reuse, self.planner)
         elif config.blocks is not None:
             self.gates = BlockGates(model, spec, config.blocks, config.reuse, self.planner)
         reference = next(model.parameters())
@@ -245,6 +247,8 @@ class Routed(nn.Module):
         self.residuals = self._new_residuals()
         if self.gates is not None and config.blocks is not None:
             self.gates.configure(config.blocks, config.reuse)
+        if self.drift is not None and config.blocks is not None and config.reuse is not None:
+            self.drift = DriftGates(config.blocks, config.reuse, self.planner)
 
     def enable(self, enabled: bool) -> None:
         """Routing and deltas on or off."""
@@ -271,9 +275,15 @@ class Routed(nn.Module):
             steps,
             tokens,
             text_tokens,
-            warmup=0.0 if reuse is None else reuse.warmup,
+            warmup=0.0 if reuse is None else max(reuse.warmup, self._least_warmup),
             attend_all=reuse is not None and reuse.context and bool(self.spec.context_linears),
         )
+
+    @property
+    def _least_warmup(self) -> float:
+        """Share of the steps that run all tokens: a block has a residual to add once it ran whole, so with blocks at least one
+        step, however small the share."""
+        return 0.0 if self.config.blocks is None else 1e-9
 
     def schedule(self, request: Request) -> Schedule:
         """The schedule that answers this request."""
@@ -291,53 +301,61 @@ class Routed(nn.Module):
 
     def planned_ratio(
         self, steps: tuple[float, ...], tokens: int, text_tokens: int, budget: Budget | None = None
-    ) -> float:
-        """Planned FLOPs of a generation of these timesteps over those of the dense blocks; with gates, as expected."""
+    ) -> float | None:
+        """Planned FLOPs of a generation of these timesteps over those of the dense blocks; with gates, as expected, or None
+        where nothing is known of them."""
         request = self.request(steps, tokens, text_tokens, budget)
         schedule = self.schedule(request)
         gates = self.gates or self.drift
         plan = None if gates is None else gates.plan(request, budget or self.budget, schedule.keep)
+        if plan is not None and plan.cost is None:
+            return None
         if plan is None or plan.cost is None:
             return self.planner.planned_ratio(schedule, request)
         dense, always = self.planner.dense_flops(tokens, text_tokens)
         return (always + plan.cost / plan.steps) / dense
 
-    def decide(self, block: int, x: Tensor, text: Tensor | None) -> tuple[Part, ...]:
-        """What a block does now with image tokens x [B, N, D] and text tokens [B, M, D]: one part where all samples agree,
+    def decide(self, block: int, x: Tensor, text: Tensor | None) -> tuple[Decision, ...]:
+        """What a block does now with image tokens x [B, N, D] and text tokens [B, M, D]: one decision where all samples agree,
         else one for each sample."""
         batch, tokens = x.shape[:2]
+        if self.context.branch == "both" and batch % 2:
+            raise ShivelightError(
+                f"A guided batch has an unconditional and a conditional half, but this one has {batch} samples. For passes of "
+                "your own, say what they are with shivelight.branch(model, 'single')."
+            )
         text_tokens = 0 if text is None else text.shape[1]
         counts = self.kept_counts(block, batch, tokens, text_tokens)
-        request, schedule = self._asked(tokens, text_tokens)
-        parts = tuple(Part("run", k) for k in counts)
-        if self.drift is not None and (moving := self.drift.plan(request, self.budget, schedule.keep)):
+        request, schedule, plan = self._asked(tokens, text_tokens)
+        parts = tuple(Decision("run", k) for k in counts)
+        if isinstance(plan, DriftPlan) and self.drift is not None:
             row, context = schedule.row(self.context.step), self.context
             parts = self.drift.decide(
-                block, batch, row, moving, context, lambda other: self._entry(other, x, text), request
+                block, batch, row, plan, context, lambda other: self._entry(other, x, text), request
             )
-        elif self.gates is not None:
-            plan = self.gates.plan(request, self.budget, schedule.keep)
-            if plan is not None:
-                parts = self.gates.decide(
-                    block,
-                    counts * (batch // len(counts)),
-                    plan,
-                    self.context,
-                    self._entry(block, x, text),
-                    self.gates.hard_bound(request, self.budget, schedule.keep),
-                    lambda block, first: self.read_gates(block, x[first:], text, first),
-                    request,
-                )
+        elif isinstance(plan, GatePlan) and self.gates is not None:
+            parts = self.gates.decide(
+                block,
+                counts * (batch // len(counts)),
+                plan,
+                self.context,
+                self._entry(block, x, text),
+                self.gates.hard_bound(request, self.budget, schedule.keep),
+                lambda block, first: self.read_gates(block, x[first:], text, first),
+                request,
+            )
         self._account(block, parts if len(parts) == batch else parts * batch, request)
         return parts[:1] if len(set(parts)) == 1 else parts
 
-    def _asked(self, tokens: int, text_tokens: int) -> tuple[Request, Schedule]:
-        """The request of this generation and its schedule, looked up once in a pass."""
+    def _asked(self, tokens: int, text_tokens: int) -> tuple[Request, Schedule, GatePlan | DriftPlan | None]:
+        """The request of this generation, its schedule and the plan of its blocks, looked up once in a pass."""
         key = ("asked", tokens, text_tokens, self.budget)
         found = self.context.memo.get(key)
         if found is None:
             request = self.request(self.context.steps or GRID, tokens, text_tokens)
-            found = self.context.memo[key] = request, self.schedule(request)
+            schedule, gates = self.schedule(request), self.gates or self.drift
+            plan = None if gates is None else gates.plan(request, self.budget, schedule.keep)
+            found = self.context.memo[key] = request, schedule, plan
         return found
 
     def _entry(self, block: int, x: Tensor, text: Tensor | None) -> BlockResiduals | None:
@@ -347,11 +365,16 @@ class Routed(nn.Module):
     def read_gates(self, block: int, x: Tensor, text: Tensor | None, first: int = 0) -> Tensor:
         """Gate and width logits [b, 1 + S] of x [b, N, D], the samples of the batch from `first` on."""
         assert self.gates is not None
+        if next(self.gates.parameters()).is_meta:
+            raise UnsupportedBackboneError(
+                "The block routers are offloaded layer by layer (sequential offload), where their weights cannot be read. Use "
+                "enable_model_cpu_offload, or load the adapter after offloading."
+            )
         time, condition = self._embeddings(len(x), slice(first, None))
         logits = self.gates.router(block, x, time, condition, None if text is None else text[first:])
         return torch.cat([logits.gate[:, None], logits.width], dim=1)
 
-    def _account(self, block: int, parts: tuple[Part, ...], request: Request) -> None:
+    def _account(self, block: int, parts: tuple[Decision, ...], request: Request) -> None:
         """Add to the generation's spending."""
         if block == self.routed[0]:
             dense, always = self.planner.dense_flops(request.tokens, request.text_tokens)
@@ -419,8 +442,9 @@ class Routed(nn.Module):
         if known is None:
             return self.router(block, x, time, condition, contexts=shared)
         drift, expired = known
-        # What may not be reused any more is computed anew first.
-        return torch.where(expired, torch.inf, self.router(block, x, time, condition, drift, shared))
+        scores = self.router(block, x, time, condition, drift, shared)
+        # What may not be reused any more is computed anew first, in the router's own order.
+        return torch.where(expired, scores + _FIRST, scores)
 
     def _embeddings(self, rows: int, samples: slice) -> tuple[Tensor, Tensor | None]:
         """Timestep [rows, T] and condition [rows, C] embeddings of the chosen samples of the pass."""

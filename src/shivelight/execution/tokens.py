@@ -34,9 +34,12 @@ def _rows(x: Tensor, indices: Tensor) -> Tensor:
 
 def sample_index(samples: Sequence[int], device: torch.device) -> Tensor:
     """Indices of samples on a device, int64 [b], without waiting for what the device is doing."""
-    index = torch.tensor(samples)
-    # From ordinary memory the copy would wait; from pinned memory it is queued.
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+    return queued(torch.tensor(samples), device)
+
+
+def queued(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device: from ordinary memory the copy would wait, from pinned memory it is queued."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def take_samples(value: object, samples: Tensor, batch: int) -> object:

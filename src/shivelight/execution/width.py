@@ -19,6 +19,7 @@ from torch.func import functional_call
 from shivelight.backbones.spec import Mlp
 from shivelight.cost import kept_channels
 from shivelight.errors import AdapterError, ShivelightError
+from shivelight.execution.tokens import queued
 from shivelight.routing import DEFAULT_WIDTHS
 
 
@@ -92,6 +93,7 @@ class NarrowMlps:
         self._offsets = {index: mlp.offset(block) for index, block in self._blocks.items()}
         self._names, self._down = (*mlp.up, mlp.down), f"{mlp.down}.weight"
         self._orders = {index: order.detach().cpu() for index, order in (orders or {}).items()}
+        self._orders_on: dict[tuple[int, torch.device], Tensor] = {}
         self._held: dict[int, _Held] = {}
         for index, order in self._orders.items():
             _check_order(index, order, self._channels)
@@ -186,11 +188,21 @@ class NarrowMlps:
 
     def _gather(self, block: int, count: int, sources: dict[str, Tensor]) -> dict[str, Tensor]:
         """The first `count` channels of every source: views where the channels keep their order and have no halves."""
-        order, offset, halves = self._orders.get(block), self._offsets[block], self.mlp.halves
+        device = next(iter(sources.values())).device
+        order, offset, halves = self._order_on(block, device), self._offsets[block], self.mlp.halves
         return {
             name: _columns(source, order, count, offset) if name == self._down else _rows(source, order, count, halves)
             for name, source in sources.items()
         }
+
+    def _order_on(self, block: int, device: torch.device) -> Tensor | None:
+        """The order of a block's channels on a device, moved there once and without waiting for it."""
+        order = self._orders.get(block)
+        if order is None:
+            return None
+        if (block, device) not in self._orders_on:
+            self._orders_on[block, device] = queued(order, device)
+        return self._orders_on[block, device]
 
     def _hold(self, block: int, sources: dict[str, Tensor]) -> _Held:
         seen = {name: _Source.of(source) for name, source in sources.items()}
@@ -270,15 +282,15 @@ def _rows(tensor: Tensor, order: Tensor | None, count: int, halves: int) -> Tens
     stacked = tensor.unflatten(0, (halves, -1))
     if order is None:
         return stacked[:, :count].flatten(0, 1)
-    return stacked.index_select(1, order[:count].to(tensor.device)).flatten(0, 1)
+    return stacked.index_select(1, order[:count]).flatten(0, 1)
 
 
 def _columns(weight: Tensor, order: Tensor | None, count: int, offset: int) -> Tensor:
     """[D, offset + H] -> [D, offset + count]: what comes before the hidden channels stays whole."""
     if order is None:
         return weight[:, : offset + count]
-    index = torch.cat([torch.arange(offset), offset + order[:count]])
-    return weight.index_select(1, index.to(weight.device))
+    index = torch.cat([torch.arange(offset, device=order.device), offset + order[:count]])
+    return weight.index_select(1, index)
 
 
 def _check_order(block: int, order: Tensor, channels: Mapping[int, int]) -> None:

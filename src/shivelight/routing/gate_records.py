@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,11 @@ def logit(p: float) -> float:
     return math.log(p) - math.log1p(-p) if p < 1.0 else math.inf
 
 
+@cache
+def _fp32(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
 @dataclass(frozen=True)
 class Dial:
     """Where the gates stand: one shift moves all of them and the widths with them, so that one adapter serves any budget.
@@ -39,8 +45,8 @@ class Dial:
 
     @property
     def low(self) -> float:
-        """The logit of the threshold."""
-        return logit(self.threshold)
+        """The logit of the threshold, as fp32 has it: routers' logits are fp32, and those of a fresh router lie on it."""
+        return _fp32(logit(self.threshold))
 
     def high(self, margin: float) -> float:
         """The logit of threshold + margin."""
@@ -93,7 +99,8 @@ class GateRecords(nn.Module):
         if filled == 0:
             raise BudgetError(
                 "The adapter's block routers have no statistics, so no threshold can be chosen for a budget. Train the "
-                "adapter, or give the threshold itself: set_budget(model, threshold=0.5)."
+                "adapter, or let each block's router decide (BlockRouting.decide='block') at a threshold of your own: "
+                "set_budget(model, threshold=0.5)."
             )
         times = self.timestep[:filled].float().cpu()
         wanted = torch.tensor(steps, dtype=torch.float32)

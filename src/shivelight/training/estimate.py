@@ -5,14 +5,13 @@ import sys
 
 import torch
 
-from shivelight.training.losses import BudgetLoss
 from shivelight.training.trainer import Trainer
 
 
 def estimate(trainer: Trainer) -> dict[str, float]:
     """Time, memory and adapter size of a run, from one trial step of each stage whose effects are thrown away."""
     config = trainer.config
-    saved = {name: p.detach().clone() for name, p in trainer.named_parameters().items()}
+    saved = {name: p.detach().clone() for name, p in trainer.state_tensors().items()}
     optimizer = trainer.optimizer.state_dict()
     device = trainer.accelerator.device
     if device.type == "cuda":
@@ -26,11 +25,10 @@ def estimate(trainer: Trainer) -> dict[str, float]:
             seconds += trainer.train_step()["seconds"] * length
         start += length
     with torch.no_grad():
-        for name, parameter in trainer.named_parameters().items():
-            parameter.copy_(saved[name])
+        for name, tensor in trainer.state_tensors().items():
+            tensor.copy_(saved[name])
     trainer.optimizer.load_state_dict(optimizer)
     trainer.optimizer.state.clear()
-    trainer.budget_loss = BudgetLoss(reduce=trainer.accelerator.reduce)
     trainer.step = 0
     size = sum(p.numel() * p.element_size() for p in trainer.named_parameters().values())
     if device.type == "cuda":

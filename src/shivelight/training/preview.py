@@ -23,7 +23,7 @@ def save_grid(
         deltas_off: context manager that switches live deltas off.
         captions: one column each.
         path: PNG to write.
-        keep: budget of the routed row; everything where there is no token routing.
+        keep: budget of the routed row where tokens are routed; blocks run at their own threshold.
     """
     options = {"num_inference_steps": 20, "output_type": "pil"}
     if "max_sequence_length" in pipe.encode_prompt.__code__.co_varnames:
@@ -36,7 +36,9 @@ def save_grid(
     with routed.switched(False), deltas_off():
         rows = [images()]
     routed.planner.forget()
-    previous, routed.budget = routed.budget, Budget("keep", keep if routed.config.tokens is not None else 1.0)
+    tokens, blocks = routed.config.tokens, routed.config.blocks
+    budget = Budget("keep", 1.0 if tokens is None else keep, None if blocks is None else blocks.threshold)
+    previous, routed.budget = routed.budget, budget
     try:
         rows.append(images())
     finally:

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from shivelight.backbones.spec import BackboneSpec
 from shivelight.execution.reuse import CachedPass, centred_log_drift
-from shivelight.routing import GateLogits, count_unit, gate_probability, keep_count, width_choice
+from shivelight.routing import Dial, GateLogits, count_unit, gate_probability, keep_count, width_choice
 from shivelight.training.estimators import (
     apply_input_estimator,
     apply_residual_estimator,
     inclusion,
     perturb,
     soft_rank,
+    straight_through,
 )
-from shivelight.training.gates import apply_gate, expected_width, straight_through_gate, width_mask
+from shivelight.training.gates import apply_gate, expected_width, width_mask
 
 EstimatorName = Literal["input", "residual"]
 
@@ -156,13 +157,15 @@ class BlockSession:
         places = torch.arange(len(self.widths), device=logits.device)
         said = GateLogits(logits[:, 0] + self.shift, logits[:, 1:] + self.shift * places)
         self.said[block] = said
-        gate = straight_through_gate(gate_probability(said.gate), self.threshold)
+        # The rule of inference, on the logits: probabilities would round it differently.
+        runs = ~(said.gate.detach() < Dial(self.threshold).low)
+        gate = runs.to(said.gate.dtype) + straight_through(gate_probability(said.gate))
         self._gates[block] = gate
         mask = None
         if len(self.widths) > 1:
             order = self.orders[block]
             mask = width_mask(said.width, self.widths, len(order), order)
-        return tuple((gate.detach() > 0.5).tolist()), mask
+        return tuple(runs.tolist()), mask
 
     def leave(
         self, block: int, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]

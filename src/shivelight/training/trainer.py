@@ -78,6 +78,8 @@ class Trainer:
     ) -> None:
         if routing.tokens is not None and routing.tokens.scores != "learned":
             raise TrainingError(f"scores={routing.tokens.scores!r} have nothing to train; use scores='learned'.")
+        if routing.blocks is not None and routing.blocks.router == "drift":
+            raise TrainingError("router='drift' has nothing to train; use router='lean'.")
         self.pipe, self.config, self.cache, self.out = pipe, config, cache, out
         self.accelerator = accelerator or Accelerator()
         self.backbone: Any = backbone_of(pipe).to(self.accelerator.device).requires_grad_(False)
@@ -104,11 +106,10 @@ class Trainer:
         named = dict(self.routed.named_parameters())
         return named | (dict(self.deltas.named_parameters()) if self.deltas is not None else {})
 
-    def _named_buffers(self) -> dict[str, Tensor]:
-        """What else a checkpoint holds: the average of the budget loss, the routers' records and the channel orders."""
-        return {f"budget_loss.{name}": b for name, b in self.budget_loss.named_buffers()} | dict(
-            self.routed.named_buffers()
-        )
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: all that trains, the average of the budget loss, routers' records and channel orders."""
+        average = {f"budget_loss.{name}": b for name, b in self.budget_loss.named_buffers()}
+        return {**self.named_parameters(), **average, **dict(self.routed.named_buffers())}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         rates = {
@@ -179,22 +180,29 @@ class Trainer:
         self.routed.train()
         totals: dict[str, float] = {}
         for draw in self._draws():
-            losses = self._micro_batch(stage, draw)
-            loss = losses.pop("total")
-            if not bool(torch.isfinite(loss)):
-                parts = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
-                raise TrainingError(
-                    f"The loss became {loss.item()} at step {self.step} ({stage} stage; {parts}). Go on from the last checkpoint "
-                    "with lower learning rates, or check the images and the backbone's precision."
-                )
-            if loss.requires_grad:
-                self.accelerator.backward(loss / config.groups)
+            try:
+                losses = self._micro_batch(stage, draw)
+                loss = losses.pop("total")
+                self._refuse_broken(stage, loss, losses)
+                if loss.requires_grad:
+                    self.accelerator.backward(loss / config.groups)
+            finally:  # only now: gradient checkpointing runs the blocks once more in the backward pass
+                self.routed.session = self.routed.gate_session = None
             for name, value in ({"loss": loss} | losses).items():
                 totals[name] = totals.get(name, 0.0) + value.item() / config.groups
         norm = self._apply_gradients()
         self.step += 1
         means = self._mean_over_processes(totals)
         return {"step": self.step, **means, "grad_norm": norm, "seconds": time.perf_counter() - began}
+
+    def _refuse_broken(self, stage: StageName, loss: Tensor, losses: dict[str, Tensor]) -> None:
+        if bool(torch.isfinite(loss)):
+            return
+        parts = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+        raise TrainingError(
+            f"The loss became {loss.item()} at step {self.step} ({stage} stage; {parts}). Go on from the last checkpoint "
+            "with lower learning rates, or check the images and the backbone's precision."
+        )
 
     def _noised(self, draw: Draw) -> tuple[Sample, Tensor, Tensor, Tensor]:
         """(samples, clean latents, noise, noise levels) of a micro-batch."""
@@ -218,10 +226,7 @@ class Trainer:
         cached = self._cached_pass(draw, sample, clean, noise)
         session, gating = self._token_session(stage, draw, teacher, cached), self._block_session(teacher)
         self.routed.session, self.routed.gate_session = session, gating
-        try:
-            velocity = self._velocity(noisy, sample, sigmas)
-        finally:
-            self.routed.session = self.routed.gate_session = None
+        velocity = self._velocity(noisy, sample, sigmas)
         losses = {"output": F.mse_loss(velocity.float(), wanted.float())}
         total = config.output_weight * losses["output"]
         features = session.features if gating is None and session is not None else getattr(gating, "features", {})
@@ -254,9 +259,9 @@ class Trainer:
             return {}
         age = 1 + int(torch.randint(3, (), generator=draw.generator))
         passes = []
-        for steps in (age, age + 1):
+        for steps, context in ((age, reuse.context), (age + 1, False)):
             sigmas = torch.full((len(clean),), self._earlier(draw.sigma, steps), device=clean.device)
-            record = PassRecord(self.backbone, self.routed.spec, self.routed.routed, reuse.context)
+            record = PassRecord(self.backbone, self.routed.spec, self.routed.routed, context)
             self.routed.observer = record
             try:
                 with self.routed.switched(False), record.listening():
@@ -417,7 +422,7 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Everything that the next step depends on, written whole or not at all."""
         if self.accelerator.is_main_process:
-            tensors = {name: p.detach() for name, p in (self.named_parameters() | self._named_buffers()).items()}
+            tensors = {name: p.detach() for name, p in self.state_tensors().items()}
             checkpoints.save(self.out, self.step, tensors, self.optimizer.state_dict(), self._identity())
         self.accelerator.wait_for_everyone()
 
@@ -428,7 +433,7 @@ class Trainer:
             self._rank_channels()
             return
         state = checkpoints.load(found, self._identity())
-        named = self.named_parameters() | self._named_buffers()
+        named = self.state_tensors()
         if set(named) != set(state.tensors):
             raise TrainingError(
                 f"The checkpoint {found} holds other parameters than this run; use another output folder."
