@@ -130,7 +130,7 @@ class Clock:
         return (scheduler, index, begin) if begin <= index < len(scheduler.timesteps) else None
 
     def _pipeline_branch(self, call: int) -> Branch:
-        # Pipelines of true guidance (Qwen-Image) do not say whether they guide; a step's second call tells.
+        # Some pipelines of true guidance do not say whether they guide; a step's second call tells.
         says = hasattr(self.pipeline, "do_classifier_free_guidance") or self._guidance != "separate"
         if says and not getattr(self.pipeline, "do_classifier_free_guidance", False):
             return "single"

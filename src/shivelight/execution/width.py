@@ -188,6 +188,8 @@ class NarrowMlps:
 
     def _gather(self, block: int, count: int, sources: dict[str, Tensor]) -> dict[str, Tensor]:
         """The first `count` channels of every source: views where the channels keep their order and have no halves."""
+        if not sources:
+            return {}
         device = next(iter(sources.values())).device
         order, offset, halves = self._order_on(block, device), self._offsets[block], self.mlp.halves
         return {
