@@ -81,7 +81,7 @@ def main() -> None:
             RoutingConfig(None, deltas=deltas),
             dataclasses.replace(config, router_steps=0, policy_steps=0, joint_steps=config.total_steps),
         ),
-        "tokens-reuse": (RoutingConfig(TokenRouting(sees_drift=True), deltas=deltas, reuse=Reuse(warmup=0.04)), config),
+        "tokens-reuse": (RoutingConfig(TokenRouting(sees_drift=True), deltas=deltas, reuse=Reuse()), config),
         # No policy to train; its steps go to the routers.
         "blocks": (
             RoutingConfig(None, BlockRouting(), deltas),
