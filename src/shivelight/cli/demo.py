@@ -61,7 +61,7 @@ def demo(
     comparison = Comparison(pipe, setting)
     reusing = read_adapter(pipe, embedded.REUSING) if embedded.REUSING.is_dir() else None
     points = standard_points(comparison, KEEPS, read_deltas(pipe, embedded.FINETUNED), (0.6,), reusing)
-    points = with_fewer_steps(comparison, points, apart=2)
+    points = with_fewer_steps(comparison, points, apart=3)
     with common.progress_bar("timing", len(points) * (rounds + 1)) as advance:
         timings = comparison.time(points, rounds, progress=advance)
     sl.set_budget(pipe, keep=0.6)

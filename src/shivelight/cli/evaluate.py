@@ -84,7 +84,7 @@ def evaluate(
             None if second is None else read_adapter(pipe, second),
         )  # fmt: skip
     with common.progress_bar("calibrating fewer steps", 1) as advance:
-        points = with_fewer_steps(comparison, points)
+        points = with_fewer_steps(comparison, points, apart=2)
         advance()
     with common.progress_bar("timing", len(points) * (rounds + 1)) as advance:
         timings = comparison.time(points, rounds, progress=advance)

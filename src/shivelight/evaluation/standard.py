@@ -29,9 +29,9 @@ def standard_points(
         points.append(comparison.finetuned(finetuned))
     for keep in keeps:
         points.append(comparison.tokens(keep))
-        if reusing is not None:
-            points.append(comparison.other_adapter("tokens+reuse", *reusing, keep=keep))
         if keep in baseline_keeps:
+            if reusing is not None:
+                points.append(comparison.other_adapter("tokens+reuse", *reusing, keep=keep))
             plan = math.floor(1e4 * (comparison.planned(comparison.tokens(keep)) or 1.0)) / 1e4
             points += [
                 comparison.training_free(keep),
