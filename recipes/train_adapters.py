@@ -15,12 +15,15 @@ from pathlib import Path
 import checkpoint
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
+from shivelight.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from shivelight.cli import common
 from shivelight.cli.train import run_with_progress
 from shivelight.config import BlockRouting, DeltaConfig, Reuse, RoutingConfig, TokenRouting
 from shivelight.demo import pipeline as embedded
 from shivelight.demo.export import export_images
+from shivelight.files import replacing
 from shivelight.training.data import build_cache, read_folder
 from shivelight.training.stages import TrainingConfig
 from shivelight.training.trainer import Trainer
@@ -39,6 +42,17 @@ def train(name: str, routing: RoutingConfig, config: TrainingConfig, source: Pat
     tail = trainer.history[-50:]
     print({key: round(sum(r[key] for r in tail) / len(tail), 5) for key in tail[-1] if key != "step"})
     return folder
+
+
+def ship(folder: Path, target: Path) -> int:
+    """Copy an adapter with its tensors in fp16, as all embedded weights are; returns its size in bytes."""
+    tensors = load_file(folder / WEIGHTS_NAME)
+    halved = {name: t.half() if t.dtype == torch.float32 else t for name, t in tensors.items()}
+    with replacing(target / WEIGHTS_NAME) as unfinished:
+        save_file(halved, unfinished, metadata={"format": "pt"})
+    with replacing(target / CONFIG_NAME) as unfinished:
+        shutil.copyfile(folder / CONFIG_NAME, unfinished)
+    return sum(file.stat().st_size for file in target.iterdir())
 
 
 def main() -> None:
@@ -92,8 +106,7 @@ def main() -> None:
     for name, (routing, settings) in runs.items():
         if name in (args.only or ("tokens", "dense-finetuned")):
             folder = train(name, routing, settings, args.pipeline, args.work, args.pictures)
-            shutil.copytree(folder, args.out / name, dirs_exist_ok=True)
-            print(f"{name}: {sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.2f} MB in {args.out / name}")
+            print(f"{name}: {ship(folder, args.out / name) / 1e6:.2f} MB in {args.out / name}")
 
 
 if __name__ == "__main__":
