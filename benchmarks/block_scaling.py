@@ -4,7 +4,7 @@
 
 Times one dense block on N tokens and on fewer, in turns, without router or gather, and beside it what routing adds:
 scores, ranking, gather, write-back. `efficiency` = speed-up * planned ratio is the ceiling that the kernels of this
-machine set: where it falls, small matrices and the cost of each operator are the cause, not the routing.
+machine set: where it falls, small matrices and the cost of each operator are the cause. What routing adds comes on top.
 """
 
 import argparse

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import shivelight as sl
+from shivelight.adapter_files import read_adapter
 from shivelight.cli import common
 from shivelight.cli.demo import to_image
 from shivelight.demo import pipeline as embedded
@@ -73,7 +74,7 @@ def table(path: Path) -> str:
 
 
 def grids() -> None:
-    """32 dense pictures of test captions; and 8 of them dense, at keep 0.8, 0.6 and 0.5."""
+    """32 dense pictures of test captions; and 8 of them dense, with reuse at keep 0.6, and without at 0.8 and 0.6."""
     pipe = common.open_pipeline(None, common.DEFAULT_DEVICE, torch.bfloat16)
     sl.load_adapter(pipe, embedded.ADAPTER)
     comparison = Comparison(pipe, Setting(embedded.STEPS, embedded.GUIDANCE, 0, 16, {"max_sequence_length": 16}))
@@ -81,7 +82,8 @@ def grids() -> None:
     folder = ROOT / "docs/images"
     folder.mkdir(parents=True, exist_ok=True)
     paste(comparison.pictures(comparison.dense(), captions), 8).save(folder / "dense-32.png")
-    points = [comparison.dense(), *(comparison.tokens(keep) for keep in (0.8, 0.6, 0.5))]
+    reusing = comparison.other_adapter("tokens+reuse", *read_adapter(pipe, embedded.REUSING), keep=0.6)
+    points = [comparison.dense(), reusing, comparison.tokens(0.8), comparison.tokens(0.6)]
     paste(torch.cat([comparison.pictures(point, captions[:8]) for point in points]), 8).save(folder / "grid.png")
 
 

@@ -35,7 +35,7 @@ def keep_count(ratio: float, tokens: int) -> int:
 def count_unit(tokens: int, granularity: int) -> int:
     """How many tokens kept counts are a multiple of: the part that divides N, and leaves at least 32 steps where it can.
 
-    Matrix kernels are tuned to multiples of 8 (205 tokens take longer than 208: benchmarks/block_scaling.py), and fewer
+    Matrix kernels are tuned to multiples of 8 (205 tokens take as long as 208: benchmarks/block_scaling.py), and fewer
     distinct counts mean fewer kernels to prepare and fewer graphs to compile.
 
     >>> count_unit(4096, 8), count_unit(64, 8), count_unit(100, 8), count_unit(9, 8)
