@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     UNet2DModel,
 )
+from tiny import rows, tiny_inputs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,20 +41,6 @@ def route(model: Any, keep: float = 0.5, **options: Any) -> Any:
     torch.manual_seed(3)
     sl.attach(model, sl.RoutingConfig(tokens=sl.TokenRouting(**options)))
     return sl.set_budget(shape_policy(model), keep=keep)
-
-
-def inputs(batch: int, times: list[float], seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "hidden_states": torch.randn(batch, 4, 16, 16, generator=generator),
-        "encoder_hidden_states": torch.randn(batch, 7, 32, generator=generator),
-        "pooled_projections": torch.randn(batch, 32, generator=generator),
-        "timestep": torch.tensor(times),
-    }
-
-
-def rows(call: dict[str, Tensor], *samples: int) -> dict[str, Tensor]:
-    return {name: value[list(samples)] for name, value in call.items()}
 
 
 def run(model: SD3Transformer2DModel, call: dict[str, Tensor]) -> Tensor:
@@ -84,7 +71,7 @@ def test_1_a_fresh_adapter_is_bit_identical(
 ) -> None:
     pipe.transformer.to(dtype)
     pipe.text_encoder.to(torch.float32)
-    call = {name: value.to(dtype) for name, value in inputs(2, [900.0, 30.0]).items()}
+    call = {name: value.to(dtype) for name, value in tiny_inputs(2, [900.0, 30.0]).items()}
     expected, expected_bare = sample(pipe, PROMPTS[:2]) if dtype == torch.float32 else None, run(pipe.transformer, call)
     sl.attach(pipe.transformer if bare else pipe, sl.RoutingConfig(deltas=deltas))
     assert torch.equal(run(pipe.transformer, call), expected_bare)
@@ -157,7 +144,7 @@ def test_2_train_mode_selects_what_inference_selects(
     pipe: StableDiffusion3Pipeline, keep: float, times: list[float]
 ) -> None:
     model = route(pipe.transformer, keep=keep)
-    routed, call, chosen = model.shivelight, inputs(3, times), {}
+    routed, call, chosen = model.shivelight, tiny_inputs(3, times), {}
     routed.observer = lambda block, x, out, kept, text: chosen.__setitem__(block, kept)
     expected = run(model, call)
     table = sl.current_schedule(model)
@@ -179,7 +166,7 @@ def test_2_train_mode_selects_what_inference_selects(
 def test_2_the_trainers_session_without_noise_selects_what_inference_selects(pipe: StableDiffusion3Pipeline) -> None:
     from shivelight.training.session import TeacherRecord, TokenSession
 
-    model, call = route(pipe.transformer), inputs(2, [980.0, 20.0])
+    model, call = route(pipe.transformer), tiny_inputs(2, [980.0, 20.0])
     routed = model.shivelight
     expected = run(model, call)
     table = sl.current_schedule(model)
@@ -238,7 +225,7 @@ def test_3_skip_layer_guidance_pairs_nothing_that_is_not_a_pair(pipe: StableDiff
 
 @pytest.mark.parametrize("times", [[600.0] * 3, [980.0, 20.0, 500.0]])
 def test_3_batched_guidance_is_split_guidance(pipe: StableDiffusion3Pipeline, times: list[float]) -> None:
-    model, call = route(pipe.transformer), inputs(6, times * 2)
+    model, call = route(pipe.transformer), tiny_inputs(6, times * 2)
     with sl.branch(model, "both"):
         batched = run(model, call)
     with sl.branch(model, "cond"):
@@ -251,7 +238,7 @@ def test_3_batched_guidance_is_split_guidance(pipe: StableDiffusion3Pipeline, ti
 
 
 def test_3_a_bare_batch_is_independent_samples_at_any_timesteps(pipe: StableDiffusion3Pipeline) -> None:
-    model, call = route(pipe.transformer), inputs(4, [980.0, 20.0, 500.0, 20.0])
+    model, call = route(pipe.transformer), tiny_inputs(4, [980.0, 20.0, 500.0, 20.0])
     together = run(model, call)
     for place in range(4):
         torch.testing.assert_close(together[[place]], run(model, rows(call, place)), rtol=1e-4, atol=1e-5)
@@ -291,7 +278,7 @@ def test_4_a_generation_does_not_depend_on_what_ran_before(
     assert torch.equal(sample(pipe, ["owl"], steps=3, first_seed=7), fresh)
     sample(pipe, ["cat"], steps=5, callback_on_step_end=stop_quietly)
     assert torch.equal(sample(pipe, ["owl"], steps=3, first_seed=7), fresh)
-    run(pipe.transformer, inputs(2, [10.0, 900.0]))
+    run(pipe.transformer, tiny_inputs(2, [10.0, 900.0]))
     assert torch.equal(sample(pipe, ["owl"], steps=3, first_seed=7), fresh)
     sl.detach(pipe)
     route(pipe, **options)
@@ -300,7 +287,7 @@ def test_4_a_generation_does_not_depend_on_what_ran_before(
 
 def test_4_a_bare_call_after_a_generation_is_nobodys_step(pipe: StableDiffusion3Pipeline, sample: Sample) -> None:
     route(pipe)
-    call = inputs(3, [10.0, 900.0, 500.0])
+    call = tiny_inputs(3, [10.0, 900.0, 500.0])
     expected = run(pipe.transformer, call)
     sample(pipe, ["cat"])
     assert torch.equal(run(pipe.transformer, call), expected)

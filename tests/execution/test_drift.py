@@ -5,33 +5,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from tiny import tiny_inputs, walk
 from torch import Tensor
 
 import shivelight as sl
 from shivelight.adapter import routed_of
 
 PROMPTS = ["a red apple", "blue bird"]
-
-
-def inputs(batch: int, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "hidden_states": torch.randn(batch, 4, 16, 16, generator=generator),
-        "encoder_hidden_states": torch.randn(batch, 7, 32, generator=generator),
-        "pooled_projections": torch.randn(batch, 32, generator=generator),
-    }
-
-
-@torch.no_grad()
-def walk(pipe: StableDiffusion3Pipeline, call: dict[str, Tensor], steps: int) -> Tensor:
-    pipe._guidance_scale = 0.0
-    pipe.scheduler.set_timesteps(steps)
-    latents = call["hidden_states"]
-    for time in pipe.scheduler.timesteps:
-        here = call | {"hidden_states": latents, "timestep": time.expand(len(latents))}
-        latents = pipe.scheduler.step(pipe.transformer(**here, return_dict=False)[0], time, latents)[0]
-    pipe.transformer._reset_stateful_cache()
-    return latents
 
 
 def free(pipe: StableDiffusion3Pipeline, compute: float = 0.6, axis: Any = "blocks", **reuse: Any) -> Any:
@@ -61,7 +41,7 @@ def test_the_blocks_that_moved_most_run_as_far_as_the_budget_goes(pipe: StableDi
             torch.testing.assert_close(out, x + memory[block][0])
 
     routed.observer = watch
-    walk(pipe, inputs(1), 12)
+    walk(pipe, tiny_inputs(1), 12)
     assert ran[0] == set(routed.routed) and sum(len(blocks) for blocks in ran.values()) < 30
     assert len({frozenset(blocks) for blocks in ran.values()}) > 2
     # Blocks 2 and 3 cost the same (dual attention makes block 1 dearer), so the one that needs it more runs first.
@@ -77,9 +57,9 @@ def test_the_budget_is_met_from_below_within_one_block(
     pipe: StableDiffusion3Pipeline, axis: str, compute: float
 ) -> None:
     routed = free(pipe, compute, axis)
-    walk(pipe, inputs(1), 10)  # the length of the text is known from here on
+    walk(pipe, tiny_inputs(1), 10)  # the length of the text is known from here on
     planned = sl.planned_ratio(pipe, 10)
-    walk(pipe, inputs(2), 10)
+    walk(pipe, tiny_inputs(2), 10)
     dense = 10 * routed.planner.dense_flops(64, 7)[0]
     dearest = max(cost.flops(64, 7) for cost in routed.planner.costs)
     assert planned <= compute and planned - dearest / dense <= routed.spending.ratio <= planned * (1 + 1e-9)
@@ -94,10 +74,10 @@ def test_each_block_has_its_own_price_at_each_step(pipe: StableDiffusion3Pipelin
         routed.policy.layer_out.copy_(
             3 * torch.randn(routed.policy.layer_out.shape, generator=torch.Generator().manual_seed(0))
         )
-    walk(pipe, inputs(1), 12)
+    walk(pipe, tiny_inputs(1), 12)
     assert len(set(sl.current_schedule(pipe, 12).keep[-1])) > 1
     planned = sl.planned_ratio(pipe, 12)
-    walk(pipe, inputs(2), 12)
+    walk(pipe, tiny_inputs(2), 12)
     dearest = max(cost.flops(64, 7) for cost in routed.planner.costs) / (12 * routed.planner.dense_flops(64, 7)[0])
     assert planned - dearest <= routed.spending.ratio <= planned * (1 + 1e-9) <= 0.6 * (1 + 1e-9)
 
@@ -105,7 +85,7 @@ def test_each_block_has_its_own_price_at_each_step(pipe: StableDiffusion3Pipelin
 def test_a_batch_is_its_samples_and_guidance_may_be_split(pipe: StableDiffusion3Pipeline) -> None:
     for axis in ("blocks", "both"):
         free(pipe, 0.6, axis)
-        call = inputs(3)
+        call = tiny_inputs(3)
         together = walk(pipe, call, 6)
         for i in range(3):
             alone = walk(pipe, {name: value[i : i + 1] for name, value in call.items()}, 6)
@@ -117,7 +97,7 @@ def test_the_conditional_branch_decides_for_both_batched_or_split(pipe: StableDi
     runs = {}
     for split in (False, True):
         routed = free(pipe, 0.55, warmup=0.05)
-        cond, uncond = inputs(2), inputs(2, seed=1)
+        cond, uncond = tiny_inputs(2), tiny_inputs(2, seed=1)
         pipe.scheduler.set_timesteps(16)
         outputs, decided = [], []
         decide = routed.decide
@@ -152,9 +132,9 @@ def test_what_must_run_is_paid_for_by_later_steps(pipe: StableDiffusion3Pipeline
     routed = free(pipe, 0.7, warmup=0.1)
     entry = routed._entry
     routed._entry = lambda block, x, text: None if block == 3 else entry(block, x, text)  # no room for its residuals
-    walk(pipe, inputs(1), 12)
+    walk(pipe, tiny_inputs(1), 12)
     planned = sl.planned_ratio(pipe, 12)
-    walk(pipe, inputs(1), 12)
+    walk(pipe, tiny_inputs(1), 12)
     assert routed.spending.ratio <= planned * (1 + 1e-9) and routed.spending.actions["reuse"] > 0
 
 
@@ -174,7 +154,7 @@ def test_everything_is_dense_and_prompts_do_not_meet(pipe: StableDiffusion3Pipel
 
 def test_without_memory_blocks_run(pipe: StableDiffusion3Pipeline) -> None:
     routed = free(pipe, 0.6, max_cache_mb=1e-6)
-    walk(pipe, inputs(1), 4)
+    walk(pipe, tiny_inputs(1), 4)
     assert routed.spending.ratio == 1.0
 
 
@@ -196,4 +176,4 @@ def test_what_cannot_be_is_refused(pipe: StableDiffusion3Pipeline) -> None:
         sl.set_budget(pipe, compute=0.05)
     with pytest.raises(sl.BudgetError, match="in 2 steps"):
         sl.set_budget(pipe, compute=0.5)
-        walk(pipe, inputs(1), 2)
+        walk(pipe, tiny_inputs(1), 2)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from tiny import tiny_inputs, walk
 from torch import Tensor
 
 import shivelight as sl
@@ -39,38 +40,17 @@ def gated(pipe: StableDiffusion3Pipeline, reuse: sl.Reuse | None = None, tokens:
                 parameter.mul_(3.0)  # far enough apart that samples and steps differ
         pipe._guidance_scale = 0.0
         routed.observer = listen
-        walk(pipe, inputs(4), 6)
+        walk(pipe, tiny_inputs(4), 6)
         for block, logits in said.items():
             routed.gates.router.routers[str(block)].gate_head.bias -= torch.cat(logits)[:, 0].median()
         for block in said:
             said[block].clear()
         times.clear()
-        walk(pipe, inputs(4), 6)
+        walk(pipe, tiny_inputs(4), 6)
         routed.observer = None
         together = torch.stack([torch.cat(said[block]) for block in routed.routed], dim=1)
         routed.gates.records.add(torch.cat(times), together[..., 0], together[..., 1:])
     return routed
-
-
-def inputs(batch: int, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "hidden_states": torch.randn(batch, 4, 16, 16, generator=generator),
-        "encoder_hidden_states": torch.randn(batch, 7, 32, generator=generator),
-        "pooled_projections": torch.randn(batch, 32, generator=generator),
-    }
-
-
-@torch.no_grad()
-def walk(pipe: StableDiffusion3Pipeline, call: dict[str, Tensor], steps: int) -> Tensor:
-    """A generation without text encoders and VAE: latents [B, C, H, W] at its end."""
-    pipe.scheduler.set_timesteps(steps)
-    latents = call["hidden_states"]
-    for time in pipe.scheduler.timesteps:
-        here = call | {"hidden_states": latents, "timestep": time.expand(len(latents))}
-        latents = pipe.scheduler.step(pipe.transformer(**here, return_dict=False)[0], time, latents)[0]
-    pipe.transformer._reset_stateful_cache()
-    return latents
 
 
 def watch(routed: Any) -> dict[tuple[int, int], tuple[Decision, ...]]:
@@ -79,9 +59,9 @@ def watch(routed: Any) -> dict[tuple[int, int], tuple[Decision, ...]]:
     decide = routed.decide
 
     def noting(block: int, x: Tensor, text: Tensor | None) -> tuple[Decision, ...]:
-        parts = decide(block, x, text)
-        seen[routed.context.step, block] = parts * (len(x) // len(parts))
-        return parts
+        decisions = decide(block, x, text)
+        seen[routed.context.step, block] = decisions * (len(x) // len(decisions))
+        return decisions
 
     routed.decide = noting
     return seen
@@ -121,7 +101,7 @@ def test_a_fresh_adapter_runs_everything_bit_for_bit(pipe: StableDiffusion3Pipel
 
 def test_a_skipped_block_passes_both_streams_and_costs_nothing(pipe: StableDiffusion3Pipeline) -> None:
     routed = gated(pipe, widths=(1.0,))
-    call = inputs(2) | {"timestep": torch.full((2,), 500.0)}
+    call = tiny_inputs(2) | {"timestep": torch.full((2,), 500.0)}
     with torch.no_grad():
         routed.gates.router.routers["2"].gate_head.bias.fill_(-1e4)
         for block in ("1", "3"):
@@ -131,6 +111,7 @@ def test_a_skipped_block_passes_both_streams_and_costs_nothing(pipe: StableDiffu
     costs = routed.planner.costs
     assert routed.spending.flops == 2 * sum(cost.flops(64, 7) for i, cost in enumerate(costs) if i != 2)
     assert routed.spending.actions == {"run": 4, "reuse": 0, "skip": 2}
+    assert routed.spending.map() == [[1.0, 0.0, 1.0]]
     sl.detach(pipe)
     del pipe.transformer.transformer_blocks[2]
     with torch.no_grad():
@@ -142,7 +123,7 @@ def test_a_skipped_block_passes_both_streams_and_costs_nothing(pipe: StableDiffu
 def test_a_batch_is_its_samples(pipe: StableDiffusion3Pipeline, tokens: bool, reuse: bool) -> None:
     routed = gated(pipe, sl.Reuse(margin=0.3, max_reuses=2) if reuse else None, tokens)
     sl.set_budget(pipe, **({"keep": 0.7, "threshold": 0.45} if tokens else {"threshold": 0.45}))
-    seen, call = watch(routed), inputs(3)
+    seen, call = watch(routed), tiny_inputs(3)
     together = walk(pipe, call, 6)
     decided = dict(seen)
     differ = [parts for parts in decided.values() if len(set(parts)) > 1]
@@ -159,7 +140,7 @@ def test_a_batch_is_its_samples(pipe: StableDiffusion3Pipeline, tokens: bool, re
 def test_batched_guidance_is_split_guidance(pipe: StableDiffusion3Pipeline, cfg_gates: str) -> None:
     gated(pipe, tokens=True, cfg_gates=cfg_gates)
     sl.set_budget(pipe, keep=0.6, threshold=0.5)
-    call = inputs(2) | {"timestep": torch.full((2,), 500.0)}
+    call = tiny_inputs(2) | {"timestep": torch.full((2,), 500.0)}
     cond, uncond = call, call | {"encoder_hidden_states": torch.randn(2, 7, 32)}
     both = {name: torch.cat([uncond[name], cond[name]]) for name in call}
     with torch.no_grad():
@@ -189,7 +170,7 @@ def test_reuse_adds_the_last_residual_at_most_k_times_in_a_row(pipe: StableDiffu
             torch.testing.assert_close(out, x + residuals[block])
 
     routed.observer = check
-    walk(pipe, inputs(2), 7)
+    walk(pipe, tiny_inputs(2), 7)
     pattern = ["run", "reuse", "reuse", "run", "reuse", "reuse", "run"]
     for block in routed.routed:
         assert [seen[step, block][0].action for step in range(7)] == pattern
@@ -197,13 +178,13 @@ def test_reuse_adds_the_last_residual_at_most_k_times_in_a_row(pipe: StableDiffu
     # Nor in the first steps, where that was asked for.
     with routed.variant(reuse=sl.Reuse(margin=0.9, max_reuses=2, blocks_after=0.4)):
         seen = watch(routed)
-        walk(pipe, inputs(2), 7)
+        walk(pipe, tiny_inputs(2), 7)
         late = ["run", "run", "run", "reuse", "reuse", "run", "reuse"]
         assert all([seen[step, block][0].action for step in range(7)] == late for block in routed.routed)
     # Without memory for residuals the blocks run.
     sl.attach(pipe, sl.RoutingConfig(None, sl.BlockRouting(), reuse=sl.Reuse(margin=0.9, max_cache_mb=1e-6)))
     sl.set_budget(pipe, threshold=0.5)
-    walk(pipe, inputs(2), 3)
+    walk(pipe, tiny_inputs(2), 3)
     assert routed_of(pipe).spending.actions == {"run": 18, "reuse": 0, "skip": 0}
 
 
@@ -212,7 +193,7 @@ def test_where_nothing_moves_a_reused_block_is_the_block_itself(pipe: StableDiff
     gated(pipe, sl.Reuse(margin=1.0, max_reuses=9), widths=(1.0,))
     sl.set_budget(pipe, threshold=1e-6)
     pipe.scheduler.set_timesteps(3)
-    call = inputs(2) | {"timestep": torch.full((2,), 500.0)}
+    call = tiny_inputs(2) | {"timestep": torch.full((2,), 500.0)}
     outputs = []
     with torch.no_grad():
         for time in pipe.scheduler.timesteps:
@@ -253,7 +234,7 @@ def test_step_mode_follows_the_routers_of_the_step_before(pipe: StableDiffusion3
 
     routed.read_gates = noting
     seen = watch(routed)
-    walk(pipe, inputs(3), 6)
+    walk(pipe, tiny_inputs(3), 6)
     assert all(part == Decision("run", 64) for block in routed.routed for part in seen[0, block])
     for (step, block), parts in seen.items():
         for sample, part in enumerate(parts):
@@ -271,22 +252,22 @@ def test_static_gates_read_no_router_and_their_cost_is_known_before(
     pipe: StableDiffusion3Pipeline, reuse: sl.Reuse | None, tokens: bool, compute: float
 ) -> None:
     routed = gated(pipe, reuse, tokens, decide="static")
-    walk(pipe, inputs(1), 5)  # the length of the text is known from here on
+    walk(pipe, tiny_inputs(1), 5)  # the length of the text is known from here on
     routed.read_gates = None
     sl.set_budget(pipe, compute=compute)
     planned = sl.planned_ratio(pipe, 5)
-    walk(pipe, inputs(2), 5)
+    walk(pipe, tiny_inputs(2), 5)
     assert planned == pytest.approx(routed.spending.ratio, rel=1e-9)
     assert compute - 0.12 < planned <= compute
 
 
 def test_a_compute_budget_is_met_on_average(pipe: StableDiffusion3Pipeline) -> None:
     routed = gated(pipe)
-    walk(pipe, inputs(1), 6)
+    walk(pipe, tiny_inputs(1), 6)
     for compute in (0.85, 0.7, 0.5):
         sl.set_budget(pipe, compute=compute)
         assert compute - 0.06 < sl.planned_ratio(pipe, 6) <= compute
-        walk(pipe, inputs(4), 6)  # what the records were made of, so nearly the expectation itself
+        walk(pipe, tiny_inputs(4), 6)  # what the records were made of, so nearly the expectation itself
         assert abs(routed.spending.ratio - compute) < 0.2
     sl.set_budget(pipe, compute=1.0)
     assert sl.planned_ratio(pipe, 6) == 1.0
@@ -294,17 +275,17 @@ def test_a_compute_budget_is_met_on_average(pipe: StableDiffusion3Pipeline) -> N
 
 def test_a_hard_cap_is_never_exceeded_by_any_sample_and_late_steps_still_run(pipe: StableDiffusion3Pipeline) -> None:
     routed = gated(pipe)
-    walk(pipe, inputs(1), 8)
+    walk(pipe, tiny_inputs(1), 8)
     with torch.no_grad():  # routers that now say far more than they did when the records were made
         for block in routed.routed:
             routed.gates.router.routers[str(block)].gate_head.bias += 2.0
     steps, samples, compute = 8, 3, 0.6
     seen = watch(routed)
     sl.set_budget(pipe, compute=compute)
-    walk(pipe, inputs(samples, seed=5), steps)
+    walk(pipe, tiny_inputs(samples, seed=5), steps)
     assert routed.spending.ratio > compute  # on average only, by records that no longer hold
     sl.set_budget(pipe, compute=compute, cap=True)
-    walk(pipe, inputs(samples, seed=5), steps)
+    walk(pipe, tiny_inputs(samples, seed=5), steps)
     costs = routed.planner.costs
     dense = steps * step_flops(costs, [64] * 4, 7)
     for sample in range(samples):
@@ -334,7 +315,7 @@ def test_the_cap_steers_by_what_is_left() -> None:
 
 def test_a_nan_in_a_router_runs_the_block(pipe: StableDiffusion3Pipeline) -> None:
     routed = gated(pipe)
-    dense_call = inputs(2) | {"timestep": torch.full((2,), 500.0)}
+    dense_call = tiny_inputs(2) | {"timestep": torch.full((2,), 500.0)}
     with torch.no_grad():
         with sl.dense(pipe):
             dense = pipe.transformer(**dense_call, return_dict=False)[0]
@@ -351,7 +332,7 @@ def test_a_batch_that_changes_in_mid_generation_and_a_new_budget_are_safe(pipe: 
         pipe.scheduler.set_timesteps(6)
         latents = torch.zeros(4, 4, 16, 16)
         for step, time in enumerate(pipe.scheduler.timesteps):
-            call = inputs(4 if step < 3 else 2) | {"timestep": time.expand(4 if step < 3 else 2)}
+            call = tiny_inputs(4 if step < 3 else 2) | {"timestep": time.expand(4 if step < 3 else 2)}
             if step == 4:
                 sl.set_budget(pipe, compute=0.8)
             with torch.no_grad():
@@ -394,7 +375,7 @@ def test_samples_that_never_ran_whole_do_not_share_keys_with_those_that_did(pipe
         both = words.get(routed.context.step, [[5.0, 0.0]] * 2)
         return torch.tensor(both)[scripted.samples]  # type: ignore[attr-defined]
 
-    call = inputs(2)
+    call = tiny_inputs(2)
     routed.read_gates = scripted
     scripted.samples = [0, 1]  # type: ignore[attr-defined]
     together = walk(pipe, call, 6)
@@ -407,7 +388,7 @@ def test_samples_that_never_ran_whole_do_not_share_keys_with_those_that_did(pipe
 
 def test_an_mlp_that_cannot_be_narrowed_is_planned_and_counted_whole(pipe: StableDiffusion3Pipeline) -> None:
     routed = gated(pipe, decide="static")
-    walk(pipe, inputs(1), 5)
+    walk(pipe, tiny_inputs(1), 5)
     sl.set_budget(pipe, compute=0.6)
     free_plan = sl.planned_ratio(pipe, 5)
     for block in pipe.transformer.transformer_blocks[1:]:
@@ -415,7 +396,7 @@ def test_an_mlp_that_cannot_be_narrowed_is_planned_and_counted_whole(pipe: Stabl
     routed.gates.clear()
     seen = watch(routed)
     planned = sl.planned_ratio(pipe, 5)
-    walk(pipe, inputs(2), 5)
+    walk(pipe, tiny_inputs(2), 5)
     assert {part.width for parts in seen.values() for part in parts if part.action == "run"} == {1.0}
     assert planned == pytest.approx(routed.spending.ratio, rel=1e-9) and planned <= 0.6
     assert free_plan <= 0.6
@@ -427,7 +408,7 @@ def test_a_bare_transformer_has_no_step_before(pipe: StableDiffusion3Pipeline) -
     sl.detach(pipe)
     sl.attach(pipe.transformer, sl.RoutingConfig(None, sl.BlockRouting(start="random", token_stride=1, decide="step")))
     sl.set_budget(pipe.transformer, threshold=0.5)
-    first, second = (inputs(2, seed) | {"timestep": torch.full((2,), 500.0)} for seed in (1, 2))
+    first, second = (tiny_inputs(2, seed) | {"timestep": torch.full((2,), 500.0)} for seed in (1, 2))
     with torch.no_grad():
         alone = pipe.transformer(**second, return_dict=False)[0]
         pipe.transformer(**first, return_dict=False)
@@ -439,7 +420,7 @@ def test_a_bare_transformer_has_no_step_before(pipe: StableDiffusion3Pipeline) -
 def test_the_first_step_of_step_mode_is_in_the_plan(pipe: StableDiffusion3Pipeline) -> None:
     for decide, first in (("step", 1.0), ("block", 0.0)):
         routed = gated(pipe, decide=decide)
-        walk(pipe, inputs(1), 4)
+        walk(pipe, tiny_inputs(1), 4)
         request = routed.request((900.0, 600.0, 300.0), 64, 7)
         planner = routed.gates._gate_planner(request, Budget("compute", 0.6), routed.schedule(request).keep)
         whole = sum(routed.planner.costs[block].flops(64, 7) for block in routed.routed)
@@ -448,18 +429,18 @@ def test_the_first_step_of_step_mode_is_in_the_plan(pipe: StableDiffusion3Pipeli
 
 def test_reuse_needs_one_whole_step_even_without_warm_up(pipe: StableDiffusion3Pipeline) -> None:
     routed = gated(pipe, sl.Reuse(margin=0.2, max_reuses=3, warmup=0.0), tokens=True, decide="static")
-    walk(pipe, inputs(1), 8)
+    walk(pipe, tiny_inputs(1), 8)
     sl.set_budget(pipe, compute=0.6)
     assert sl.current_schedule(pipe, 8).row(0) == (64, 64, 64)
     planned = sl.planned_ratio(pipe, 8)
-    walk(pipe, inputs(2), 8)
+    walk(pipe, tiny_inputs(2), 8)
     assert routed.spending.ratio == pytest.approx(planned, rel=1e-9)
 
 
 def test_guidance_without_order_is_refused_for_gates_too(pipe: StableDiffusion3Pipeline) -> None:
     gated(pipe)
     sl.set_budget(pipe, threshold=0.5)
-    call = inputs(3) | {"timestep": torch.full((3,), 500.0)}
+    call = tiny_inputs(3) | {"timestep": torch.full((3,), 500.0)}
     with torch.no_grad():
         with sl.branch(pipe, "uncond"), pytest.raises(sl.ShivelightError, match="came before the conditional"):
             pipe.transformer(**call, return_dict=False)
@@ -471,12 +452,12 @@ def test_a_variant_of_the_token_ratios_has_a_plan_of_its_own(pipe: StableDiffusi
     routed = gated(pipe, tokens=True, decide="static")
     with torch.no_grad():
         routed.policy.layer_out.normal_()
-    walk(pipe, inputs(1), 5)
+    walk(pipe, tiny_inputs(1), 5)
     sl.set_budget(pipe, compute=0.6)
     for variant in ({}, {"ratios": "fixed"}):
         with routed.variant(**variant):
             planned = sl.planned_ratio(pipe, 5)
-            walk(pipe, inputs(2), 5)
+            walk(pipe, tiny_inputs(2), 5)
             assert routed.spending.ratio == pytest.approx(planned, rel=1e-9) and planned <= 0.6
 
 
@@ -489,5 +470,5 @@ def test_an_unknown_cost_is_said_to_be_unknown(pipe: StableDiffusion3Pipeline) -
 def test_a_fresh_router_stands_on_its_own_threshold_and_runs(pipe: StableDiffusion3Pipeline) -> None:
     sl.attach(pipe, sl.RoutingConfig(None, sl.BlockRouting()))
     sl.set_budget(pipe, threshold=0.7)  # where the full-capacity start lies
-    walk(pipe, inputs(1), 2)
+    walk(pipe, tiny_inputs(1), 2)
     assert routed_of(pipe).spending.actions["skip"] == 0

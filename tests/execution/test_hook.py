@@ -4,6 +4,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from tiny import rows, tiny_inputs
 from torch import Tensor
 
 import shivelight as sl
@@ -12,20 +13,6 @@ from shivelight.execution.hook import BlockCall
 
 Seen = list[tuple[int, Tensor, Tensor, Tensor | None]]
 TOKENS = 64
-
-
-def inputs(batch: int, times: float | list[float] = 600.0, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "hidden_states": torch.randn(batch, 4, 16, 16, generator=generator),
-        "encoder_hidden_states": torch.randn(batch, 7, 32, generator=generator),
-        "pooled_projections": torch.randn(batch, 32, generator=generator),
-        "timestep": torch.tensor(times if isinstance(times, list) else [times] * batch),
-    }
-
-
-def rows(call: dict[str, Tensor], *samples: int) -> dict[str, Tensor]:
-    return {name: value[list(samples)] for name, value in call.items()}
 
 
 def routed_model(pipe: StableDiffusion3Pipeline, keep: float = 0.5, **options: object) -> SD3Transformer2DModel:
@@ -72,7 +59,7 @@ def test_a_block_call_is_read_by_name_however_it_is_passed() -> None:
 def test_kept_tokens_run_through_the_blocks_own_forward_and_rejected_ones_pass(pipe: StableDiffusion3Pipeline) -> None:
     model = routed_model(pipe)
     with watched(model) as seen:
-        run(model, inputs(2))
+        run(model, tiny_inputs(2, 600.0))
     assert [block for block, *_ in seen] == [1, 2, 3]
     assert [kept.shape[1] for *_, kept in seen] == list(sl.current_schedule(model).row(599))
     for _, x, out, kept in seen:
@@ -80,7 +67,7 @@ def test_kept_tokens_run_through_the_blocks_own_forward_and_rejected_ones_pass(p
         assert torch.equal(out[~mask], x[~mask]) and bool((out[mask] != x[mask]).any(-1).all())
 
     # The same by hand: every block's own forward on the tokens that were gathered.
-    call = inputs(2)
+    call = tiny_inputs(2, 600.0)
     temb = model.time_text_embed(call["timestep"], call["pooled_projections"])
     hidden, text = model.pos_embed(call["hidden_states"]), model.context_embedder(call["encoder_hidden_states"])
     with sl.dense(model), torch.no_grad():
@@ -95,7 +82,7 @@ def test_kept_tokens_run_through_the_blocks_own_forward_and_rejected_ones_pass(p
 
 
 def test_the_router_sees_the_blocks_input_the_time_and_the_condition(pipe: StableDiffusion3Pipeline) -> None:
-    model, call = routed_model(pipe), inputs(2)
+    model, call = routed_model(pipe), tiny_inputs(2, 600.0)
     embedder = model.time_text_embed
     with watched(model) as seen:
         run(model, call)
@@ -111,7 +98,7 @@ def test_the_router_sees_the_blocks_input_the_time_and_the_condition(pipe: Stabl
 def test_samples_at_different_timesteps_each_keep_their_own_share(
     pipe: StableDiffusion3Pipeline, options: dict[str, object]
 ) -> None:
-    model, call = routed_model(pipe, **options), inputs(4, [980.0, 20.0, 500.0, 20.0])
+    model, call = routed_model(pipe, **options), tiny_inputs(4, [980.0, 20.0, 500.0, 20.0])
     table = sl.current_schedule(model)
     assert len({table.row(time - 1) for time in (980, 20, 500)}) == 3
     together = run(model, call)
@@ -123,14 +110,14 @@ def test_timesteps_off_the_grid_are_read_at_the_nearest_point(pipe: StableDiffus
     model = routed_model(pipe)
     for time, point in ((0.0, 1), (1000.0, 1000), (499.6, 500), (1e4, 1000)):
         with watched(model) as seen:
-            run(model, inputs(1, time))
+            run(model, tiny_inputs(1, time))
         assert [kept.shape[1] for *_, kept in seen] == list(sl.current_schedule(model).row(point - 1))
 
 
 def test_norm_scores_keep_the_largest_tokens(pipe: StableDiffusion3Pipeline) -> None:
     model = routed_model(pipe, scores="norm")
     with watched(model) as seen:
-        run(model, inputs(2))
+        run(model, tiny_inputs(2, 600.0))
     for _, x, _, kept in seen:
         norms = x.norm(dim=-1)
         mask = torch.zeros(2, TOKENS, dtype=torch.bool).scatter_(1, kept, True)
@@ -163,7 +150,7 @@ def test_fixed_ratios_are_the_same_at_every_step_and_block(pipe: StableDiffusion
 
 
 def test_the_conditional_half_chooses_for_both(pipe: StableDiffusion3Pipeline) -> None:
-    model, call = routed_model(pipe), inputs(4)
+    model, call = routed_model(pipe), tiny_inputs(4, 600.0)
     with watched(model) as guided, sl.branch(model, "both"):
         run(model, call)
     with watched(model) as alone:
@@ -174,7 +161,7 @@ def test_the_conditional_half_chooses_for_both(pipe: StableDiffusion3Pipeline) -
 
 
 def test_max_scores_combine_both_halves(pipe: StableDiffusion3Pipeline) -> None:
-    model, call = routed_model(pipe, cfg_scores="max"), inputs(2)
+    model, call = routed_model(pipe, cfg_scores="max"), tiny_inputs(2, 600.0)
     with watched(model) as guided, sl.branch(model, "both"):
         run(model, call)
         block, x, _, kept = guided[0]
@@ -186,7 +173,7 @@ def test_max_scores_combine_both_halves(pipe: StableDiffusion3Pipeline) -> None:
 
 
 def test_guided_batches_at_mixed_timesteps_are_split_ones(pipe: StableDiffusion3Pipeline) -> None:
-    model, call = routed_model(pipe), inputs(4, [900.0, 30.0, 900.0, 30.0])
+    model, call = routed_model(pipe), tiny_inputs(4, [900.0, 30.0, 900.0, 30.0])
     with sl.branch(model, "both"):
         batched = run(model, call)
     with sl.branch(model, "cond"):
@@ -200,13 +187,13 @@ def test_guided_batches_at_mixed_timesteps_are_split_ones(pipe: StableDiffusion3
 def test_guidance_that_cannot_be_paired_is_refused(pipe: StableDiffusion3Pipeline) -> None:
     model = routed_model(pipe)
     with sl.branch(model, "uncond"), pytest.raises(sl.ShivelightError, match="Run it first.*'cond'"):
-        run(model, inputs(2))
+        run(model, tiny_inputs(2, 600.0))
     with sl.branch(model, "both"), pytest.raises(sl.ShivelightError, match="3 samples.*'single'"):
-        run(model, inputs(3))
+        run(model, tiny_inputs(3, 600.0))
     model = routed_model(pipe, cfg_scores="max")
     for name in ("cond", "uncond"):
         with sl.branch(model, name), pytest.raises(sl.ShivelightError, match="max.*separate calls.*'cond'"):
-            run(model, inputs(2))
+            run(model, tiny_inputs(2, 600.0))
 
 
 def test_a_call_without_a_timestep_is_refused(pipe: StableDiffusion3Pipeline) -> None:
@@ -217,7 +204,7 @@ def test_a_call_without_a_timestep_is_refused(pipe: StableDiffusion3Pipeline) ->
 
 
 def test_observing_changes_nothing_dense_or_routed(pipe: StableDiffusion3Pipeline) -> None:
-    model, call = routed_model(pipe), inputs(2, [900.0, 30.0])
+    model, call = routed_model(pipe), tiny_inputs(2, [900.0, 30.0])
     routed = run(model, call)
     with watched(model) as seen:
         assert torch.equal(run(model, call), routed)

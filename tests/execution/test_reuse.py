@@ -9,6 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_inputs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -123,28 +124,18 @@ def step_through(pipe: StableDiffusion3Pipeline, call: dict[str, Tensor], steps:
     return outputs
 
 
-def still(batch: int = 2) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "hidden_states": torch.randn(batch, 4, 16, 16, generator=generator),
-        "encoder_hidden_states": torch.randn(batch, 7, 32, generator=generator),
-        "pooled_projections": torch.randn(batch, 32, generator=generator),
-        "timestep": torch.full((batch,), 500.0),
-    }
-
-
 def test_where_nothing_moves_reuse_is_the_dense_model(pipe: StableDiffusion3Pipeline) -> None:
     pipe._guidance_scale = 0.0
     with torch.no_grad():
-        dense = pipe.transformer(**still(), return_dict=False)[0]
+        dense = pipe.transformer(**tiny_inputs(2, 500.0), return_dict=False)[0]
     free(pipe, 0.4, warmup=0.2)
-    outputs = step_through(pipe, still(), 5)
+    outputs = step_through(pipe, tiny_inputs(2, 500.0), 5)
     assert sl.current_schedule(pipe).keep[1] != (64, 64, 64)
     for output in outputs:
         torch.testing.assert_close(output, dense, atol=1e-5, rtol=1e-4)
     # Without the keys and values of the tokens that are left out, the others see a smaller picture.
     free(pipe, 0.4, warmup=0.2, context=False)
-    assert (step_through(pipe, still(), 5)[1] - dense).abs().max() > 1e-3
+    assert (step_through(pipe, tiny_inputs(2, 500.0), 5)[1] - dense).abs().max() > 1e-3
 
 
 def test_residuals_that_grew_too_old_are_not_used(pipe: StableDiffusion3Pipeline) -> None:
@@ -154,7 +145,7 @@ def test_residuals_that_grew_too_old_are_not_used(pipe: StableDiffusion3Pipeline
     routed_of(pipe).observer = lambda block, x, out, kept, text: seen.update(
         {(block, routed_of(pipe).context.step): (x, out, kept)}
     )
-    step_through(pipe, still(), 10)
+    step_through(pipe, tiny_inputs(2, 500.0), 10)
     state = {(0, token): 0 for token in range(64)}
     for step in range(1, 10):
         x, out, kept = seen[2, step]
@@ -197,7 +188,7 @@ def test_a_generation_starts_from_nothing(pipe: StableDiffusion3Pipeline, sample
 def test_batched_guidance_equals_separate_calls(pipe: StableDiffusion3Pipeline) -> None:
     free(pipe)
     pipe._guidance_scale = 3.0
-    call = still(4)
+    call = tiny_inputs(4, 500.0)
 
     def loop(split: bool) -> list[Tensor]:
         pipe.scheduler.set_timesteps(5)
@@ -236,9 +227,9 @@ def test_the_plan_counts_attention_to_every_token(pipe: StableDiffusion3Pipeline
     pipe._guidance_scale = 0.0
     free(pipe, 0.5, warmup=0.2)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step_through(pipe, still(1), 5)
+        step_through(pipe, tiny_inputs(1, 500.0), 5)
     with sl.dense(pipe), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as dense:
-        step_through(pipe, still(1), 5)
+        step_through(pipe, tiny_inputs(1, 500.0), 5)
     skipped = dense.get_total_flops() - counter.get_total_flops()
     routed = routed_of(pipe)
     whole = 5 * step_flops(routed.planner.costs, [64] * 4, 7)
@@ -246,7 +237,7 @@ def test_the_plan_counts_attention_to_every_token(pipe: StableDiffusion3Pipeline
     # A budget of FLOPs is kept by what is counted.
     sl.set_budget(pipe, compute=0.7)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step_through(pipe, still(1), 5)
+        step_through(pipe, tiny_inputs(1, 500.0), 5)
     assert 0.66 * whole < whole - (dense.get_total_flops() - counter.get_total_flops()) <= 0.7 * whole
 
 

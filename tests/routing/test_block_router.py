@@ -12,9 +12,9 @@ from shivelight.routing.block_router import (
     ElasticDiTRouter,
     GateLogits,
     gate_probability,
-    hard_gate,
     width_choice,
 )
+from shivelight.routing.gate_records import Dial
 
 WIDTH, TIME, CONDITION, TOKENS, TEXT = 24, 12, 10, 15, 6
 Router = BlockRouter | ElasticDiTRouter
@@ -311,9 +311,11 @@ def test_state_round_trips_and_the_router_traces_as_one_graph(variant: str) -> N
     again.load_state_dict(router.state_dict())
     assert torch.equal(again(2, *inputs).width, router(2, *inputs).width)
 
+    dial = Dial()
+
     def decide(*values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, width = router(2, *values)
-        return hard_gate(gate_probability(gate)), width_choice(width)
+        return dial.skips(gate), width_choice(width)
 
     compiled = torch.compile(decide, backend="eager", fullgraph=True)
     assert all(map(torch.equal, compiled(*inputs), decide(*inputs)))
@@ -325,14 +327,6 @@ def test_gate_probability_is_a_sigmoid_in_fp32() -> None:
     assert p.dtype == torch.float32
     torch.testing.assert_close(p, 1.0 / (1.0 + torch.exp(-logit.float())))
     assert gate_probability(logit.double()).dtype == torch.float64
-
-
-def test_the_threshold_itself_runs_and_so_does_nan() -> None:
-    p = torch.tensor([0.0, 0.49999997, 0.5, 1.0, math.nan])
-    assert hard_gate(p).tolist() == [False, False, True, True, True]
-    assert hard_gate(p, 0.0).tolist() == [True] * 5
-    per_sample = torch.tensor([0.0, 0.4, 0.6, 1.0, 0.5])
-    assert hard_gate(p, per_sample).tolist() == [True, True, False, True, True]
 
 
 def test_width_ties_and_nan_go_to_the_widest() -> None:

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shivelight.errors import TrainingError
-from shivelight.routing import gate_probability, hard_gate
+from shivelight.execution.gates import choose_action
+from shivelight.routing import Dial, gate_probability
 from shivelight.training.gates import (
     apply_gate,
     expected_width,
@@ -27,36 +28,48 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tor
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_gate_is_exactly_zero_or_one_and_passes_its_gradient(dtype: torch.dtype) -> None:
-    p = torch.tensor([0.0, 0.3, 0.4999, 0.5, 0.7, 1.0], dtype=dtype, requires_grad=True)
-    gate = straight_through_gate(p)
-    assert gate.dtype == dtype
-    # In bf16 0.4999 is 0.5, and the threshold itself runs.
-    assert gate.tolist() == [0.0, 0.0, float(dtype == torch.bfloat16), 1.0, 1.0, 1.0]
-    (gate * torch.arange(6, dtype=dtype)).sum().backward()
-    assert p.grad is not None and p.grad.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    logits = torch.tensor([-30.0, -1.0, -0.001, 0.0, 0.8, 30.0], dtype=dtype, requires_grad=True)
+    gate = straight_through_gate(logits, Dial())
+    assert gate.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert gate.tolist() == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]  # the threshold itself runs
+    (gate * torch.arange(6)).sum().backward()
+    p = torch.sigmoid(logits.detach())
+    torch.testing.assert_close(logits.grad, (torch.arange(6) * p * (1 - p)).to(dtype), atol=1e-2, rtol=1e-2)
+
+
+def test_a_gate_that_is_nan_runs_in_training_too() -> None:
+    assert straight_through_gate(torch.tensor([math.nan, -1.0]), Dial()).tolist() == [1.0, 0.0]
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0, 1))
-def test_the_trained_gate_is_the_one_of_inference(values: list[float], threshold: float) -> None:
-    p = torch.tensor(values, dtype=torch.float64)
-    for tau in (threshold, values[0]):  # values[0]: p exactly at the threshold
-        expected = [float(value >= tau) for value in values]
-        assert straight_through_gate(p, tau).tolist() == expected == hard_gate(p, tau).double().tolist()
+@given(
+    st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=6), st.floats(0.01, 0.99), st.floats(-5, 5, width=32)
+)
+def test_the_trained_gate_is_the_one_of_inference(values: list[float], threshold: float, shift: float) -> None:
+    logits = torch.tensor(values, dtype=torch.float64)
+    at_threshold = (
+        torch.sigmoid(logits[0]).clamp(0.01, 0.99).item()
+    )  # p of the first exactly there, as near as floats go
+    for dial in (Dial(threshold, shift), Dial(at_threshold)):
+        inference = [float(choose_action(value, dial, 0.0, may_reuse=False) == "run") for value in values]
+        assert straight_through_gate(logits, dial).tolist() == inference
+        moved = torch.sigmoid(logits + dial.shift) - dial.threshold
+        clear = [i for i, distance in enumerate(moved.tolist()) if abs(distance) > 1e-6]
+        assert [inference[i] for i in clear] == [float(moved[i] > 0) for i in clear]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [[0.9, 0.1, 0.5], [0.2, 0.3, 0.4], [0.6, 0.7, 1.0]])
 def test_a_gated_block_is_bitwise_its_output_or_its_input(dtype: torch.dtype, p: list[float]) -> None:
     x, out = randn(3, 5, 4).to(dtype), 1e3 * randn(3, 5, 4, seed=1).to(dtype)
-    probabilities = torch.tensor(p, requires_grad=True)
-    routed = apply_gate(x, out, straight_through_gate(probabilities))
+    gate = straight_through_gate(torch.logit(torch.tensor(p)).requires_grad_(), Dial())
+    routed = apply_gate(x, out, gate)
     assert routed.dtype == dtype
     for sample, value in enumerate(p):
         assert torch.equal(routed[sample], out[sample] if value >= 0.5 else x[sample])
     # A broken full output of a skipped sample does not reach the forward pass.
     broken = torch.where(torch.tensor(p)[:, None, None] < 0.5, math.nan, out)
-    assert torch.equal(apply_gate(x, broken, straight_through_gate(probabilities)), routed)
+    assert torch.equal(apply_gate(x, broken, gate), routed)
 
 
 def test_gated_gradients_equal_the_written_out_form() -> None:
@@ -67,12 +80,12 @@ def test_gated_gradients_equal_the_written_out_form() -> None:
         leaves = [value.clone().requires_grad_() for value in (x, block_weight, logit)]
         leaf_x, leaf_weight, leaf_logit = leaves
         out = leaf_x + torch.tanh(leaf_x @ leaf_weight)
-        p = gate_probability(leaf_logit)
         if written_out:
+            p = torch.sigmoid(leaf_logit)
             through = (p - p.detach())[:, None, None] * (out - leaf_x)
-            routed = torch.where(hard_gate(p)[:, None, None], out, leaf_x) + through
+            routed = torch.where((p >= 0.5)[:, None, None], out, leaf_x) + through
         else:
-            routed = apply_gate(leaf_x, out, straight_through_gate(p))
+            routed = apply_gate(leaf_x, out, straight_through_gate(leaf_logit, Dial()))
         return torch.autograd.grad((routed * upstream).sum(), leaves)
 
     ours = gradients(written_out=False)
@@ -87,20 +100,21 @@ def test_the_gates_gradient_is_the_exact_derivative_of_a_block_weight() -> None:
     x, out, target = randn(3, 5, 4), randn(3, 5, 4, seed=1), randn(3, 5, 4, seed=2)
     weight = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64, requires_grad=True)
     (x + weight[:, None, None] * (out - x) - target).pow(2).sum().backward()
-    p = torch.tensor([0.6, 0.4, 0.9], dtype=torch.float64, requires_grad=True)
-    (apply_gate(x, out, straight_through_gate(p)) - target).pow(2).sum().backward()
-    torch.testing.assert_close(p.grad, weight.grad)
+    logits = torch.tensor([0.6, -0.4, 0.9], dtype=torch.float64, requires_grad=True)
+    (apply_gate(x, out, straight_through_gate(logits, Dial())) - target).pow(2).sum().backward()
+    p = torch.sigmoid(logits.detach())
+    torch.testing.assert_close(logits.grad, weight.grad * p * (1 - p))
 
 
 def test_bf16_blocks_get_fp32_inner_products_in_the_gates_dtype() -> None:
     x, out = torch.zeros(1, 16, 256, dtype=torch.bfloat16), torch.ones(1, 16, 256, dtype=torch.bfloat16)
     upstream = torch.ones_like(x)
     upstream[0, 0, 0] = 4.0
-    p = torch.tensor([0.2], requires_grad=True)
+    gate = torch.zeros(1, requires_grad=True)
     leaf = out.clone().requires_grad_()
-    (apply_gate(x, leaf, straight_through_gate(p)) * upstream).sum().backward()
-    assert p.grad is not None and p.grad.dtype == torch.float32
-    assert p.grad.item() == 4099.0  # bf16 has no 4099
+    (apply_gate(x, leaf, gate) * upstream).sum().backward()
+    assert gate.grad is not None and gate.grad.dtype == torch.float32
+    assert gate.grad.item() == 4099.0  # bf16 has no 4099
     assert leaf.grad is not None and leaf.grad.dtype == torch.bfloat16 and not leaf.grad.any()
 
 
@@ -197,7 +211,6 @@ def test_gate_loss_is_the_square_of_the_mean_deviation() -> None:
     loss.backward()
     assert p.grad is not None
     torch.testing.assert_close(p.grad, torch.full((5, 3), 2 * (mean - 0.6) / 15, dtype=torch.float64))
-    torch.testing.assert_close(gate_loss(p, torch.tensor(0.6, dtype=torch.float64)), loss)
     with pytest.raises(TrainingError, match="gate loss"):
         gate_loss(torch.zeros(0, 2), 0.6)
 
@@ -209,13 +222,13 @@ def test_gate_loss_of_bf16_probabilities_averages_in_fp32() -> None:
     assert loss.item() == pytest.approx(0.1015625**2, rel=1e-5)
 
 
-def test_gate_loss_with_sampled_targets_averages_the_deviation() -> None:
+def test_gate_loss_averages_the_deviation_over_batches() -> None:
     average, deviation = BudgetLoss(beta=0.2), 0.0
-    for step, (target, p_value) in enumerate([(0.3, 0.5), (0.9, 0.7), (0.5, 0.8)]):
+    for step, p_value in enumerate([0.7, 0.3, 0.8]):
         p = torch.full((4, 2), p_value, dtype=torch.float64, requires_grad=True)
-        newest = p_value - target
+        newest = p_value - 0.5
         deviation = newest if step == 0 else 0.2 * newest + 0.8 * deviation
-        gate_loss(p, target, average).backward()
+        gate_loss(p, 0.5, average).backward()
         assert p.grad is not None
         torch.testing.assert_close(p.grad, torch.full_like(p, 2 * deviation / 8), atol=1e-7, rtol=1e-5)
 
@@ -248,12 +261,12 @@ def test_width_loss_without_a_running_block_is_zero_and_pulls_nowhere(averaged: 
         assert average.deviation.item() == pytest.approx(0.8 * 0.4)  # counted as on its target, not as at zero
 
 
-def test_width_loss_with_sampled_targets_averages_the_deviation() -> None:
+def test_width_loss_averages_the_deviation_over_batches() -> None:
     average, ran = BudgetLoss(beta=0.2), torch.tensor([[True, False], [True, True]])
     width_loss(torch.full((2, 2), 0.9), ran, 0.5, average)
     ratio = torch.full((2, 2), 0.6, requires_grad=True)
-    width_loss(ratio, ran, torch.tensor(0.7), average).backward()
-    expected = torch.where(ran, 2 * (0.8 * 0.4 + 0.2 * -0.1) / 3, 0.0)
+    width_loss(ratio, ran, 0.5, average).backward()
+    expected = torch.where(ran, 2 * (0.8 * 0.4 + 0.2 * 0.1) / 3, 0.0)
     torch.testing.assert_close(ratio.grad, expected)
 
 
@@ -266,8 +279,8 @@ def test_losses_drive_a_router_to_its_targets() -> None:
         optimizer.zero_grad()
         p = gate_probability(gate_logit)
         ratio = expected_width(width_logit.flatten(0, 1), WIDTHS).view(4, 30)
-        (gate_loss(p, 0.6) + width_loss(ratio, hard_gate(p), 0.5)).backward()
+        (gate_loss(p, 0.6) + width_loss(ratio, p >= 0.5, 0.5)).backward()
         optimizer.step()
     assert p.mean().item() == pytest.approx(0.6, abs=0.005)
-    assert ratio[hard_gate(p)].mean().item() == pytest.approx(0.5, abs=0.01)
+    assert ratio[p >= 0.5].mean().item() == pytest.approx(0.5, abs=0.01)
     assert p.std() > 0.1

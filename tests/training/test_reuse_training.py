@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from tiny import tiny_inputs
 
 import shivelight as sl
 from shivelight.adapter import routed_of
@@ -17,17 +18,6 @@ from shivelight.training.session import PassRecord, TeacherRecord, TokenSession
 from shivelight.training.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer]
-
-
-def call(time: float) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "hidden_states": torch.randn(2, 4, 16, 16, generator=generator),
-        "encoder_hidden_states": torch.randn(2, 7, 32, generator=generator),
-        "pooled_projections": torch.randn(2, 32, generator=generator),
-        "timestep": torch.full((2,), time),
-        "return_dict": False,
-    }
 
 
 def reusing() -> sl.RoutingConfig:
@@ -50,13 +40,13 @@ def test_the_training_pass_is_the_third_step_of_a_generation(pipe: StableDiffusi
         record = PassRecord(model, routed.spec, routed.routed, context=True)
         routed.observer = record
         with record.listening():
-            outputs.append(model(**call(float(time)))[0])
+            outputs.append(model(**tiny_inputs(2, float(time)), return_dict=False)[0])
         routed.observer = None
         records.append(record)
         pipe.scheduler.step(outputs[-1], time, outputs[-1])
     kept = sl.current_schedule(pipe, 3).row(2)
     assert max(kept) < 64 and sl.current_schedule(pipe, 3).row(1) == (64, 64, 64)
-    last = call(float(pipe.scheduler.timesteps[2]))
+    last = tiny_inputs(2, float(pipe.scheduler.timesteps[2]))
     teacher = TeacherRecord(())
     routed.observer = teacher
     with routed.switched(False):
@@ -101,12 +91,12 @@ def test_the_router_learns_what_running_adds_to_the_cached_residual(pipe: Stable
         record = PassRecord(model, routed.spec, routed.routed, context=False)
         routed.observer = record
         with torch.no_grad(), routed.switched(False):
-            model(**call(time))
+            model(**tiny_inputs(2, time), return_dict=False)
         records.append(record)
     teacher = TeacherRecord(())
     routed.observer = teacher
     with torch.no_grad(), routed.switched(False):
-        model(**call(500.0))
+        model(**tiny_inputs(2, 500.0), return_dict=False)
     routed.observer = None
     cached = records[0].aged(records[1], 1.0)
     session = TokenSession(routed.routed, torch.full((1, 3), 0.5), teacher, cached=cached, rank_temperature=1.0)

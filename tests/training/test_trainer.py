@@ -325,7 +325,7 @@ def test_two_processes_agree_on_budget_average_and_weights(tiny_folder: Path, im
             drawn = [(d.sigma, d.keep) for d in draws], [torch.rand((), generator=d.generator).item() for d in draws]
             trainer.run()
             digest = float(sum(p.double().abs().sum() for p in trainer.routed.parameters()))
-            record = {"average": float(trainer.budget_loss.deviation), "digest": digest, "drawn": drawn}
+            record = {"average": float(trainer.averages['budget_loss'].deviation), "digest": digest, "drawn": drawn}
             record["history"] = [{k: v for k, v in r.items() if k != "seconds"} for r in trainer.history]
             (out / f"rank{accelerator.process_index}.json").write_text(json.dumps(record))
             """

@@ -1,6 +1,7 @@
 """The description of a DiT family, and the registry that finds the one a model belongs to."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -157,6 +158,15 @@ class BackboneSpec:
                 f"the first {self.first_routed}, so there would be none to route."
             )
         return blocks
+
+    def context_layers(self, block: nn.Module) -> dict[str, nn.Module]:
+        """Those of `context_linears` that this block has (only some blocks have dual attention), by name; looked up anew
+        each time, since a user's LoRA may have wrapped them."""
+        layers = {}
+        for name in self.context_linears:
+            with suppress(AttributeError):
+                layers[name] = block.get_submodule(name)
+        return layers
 
 
 _REGISTRY: dict[str, BackboneSpec] = {}

@@ -1,4 +1,4 @@
-"""Block routing of one backbone: its routers, what they said in training, the order of its MLP channels, its decisions.
+"""Block routing of one backbone: its routers, their records from training, the order of its MLP channels, its decisions.
 
 Shapes: B samples, N image tokens, M text tokens, D width, L routed blocks, S widths.
 """
@@ -15,7 +15,7 @@ from shivelight.config import BlockRouting, Reuse
 from shivelight.errors import BudgetError, UnsupportedBackboneError
 from shivelight.execution.context import GRID, StepContext
 from shivelight.execution.gate_plan import GatePlan, GatePlanner
-from shivelight.execution.gates import Cap, Decision, GateWords, choose_action, choose_width
+from shivelight.execution.gates import Cap, Decision, RouterOutputs, choose_action, choose_width
 from shivelight.execution.planning import Budget, Planner, Request
 from shivelight.execution.reuse import BlockResiduals
 from shivelight.execution.width import NarrowMlps
@@ -48,7 +48,7 @@ class BlockGates(nn.Module):
             options |= {"modulation_rank": config.modulation_rank, "token_stride": config.token_stride}
         self.router = BLOCK_ROUTERS[config.router](*spec.widths(model), planner.routed, **options)
         self.records = GateRecords(len(planner.routed), len(config.widths))
-        self.words = GateWords(config)
+        self.outputs = RouterOutputs(config)
         self.cap: tuple[Budget, Cap] | None = None
         # Blocks whose MLP cannot be narrowed now (a LoRA, quantised weights); looked up once a generation.
         self._whole: frozenset[int] | None = None
@@ -65,7 +65,7 @@ class BlockGates(nn.Module):
 
     def configure(self, config: BlockRouting, reuse: Reuse | None) -> None:
         """Other settings on the same weights; those that the weights depend on must stay."""
-        self.config, self.reuse, self.words = config, reuse, GateWords(config)
+        self.config, self.reuse, self.outputs = config, reuse, RouterOutputs(config)
         self.cap = None
 
     def set_orders(self, model: nn.Module, orders: dict[int, Tensor]) -> None:
@@ -93,12 +93,12 @@ class BlockGates(nn.Module):
 
     def begin(self, context: StepContext) -> None:
         """A pass begins."""
-        self.words.begin(context)
+        self.outputs.begin(context)
 
     def clear(self) -> None:
         """Drop what belongs to one generation."""
         self.cap, self._whole = None, None
-        self.words.clear()
+        self.outputs.clear()
         if self.narrow is not None:
             self.narrow.forget()
 
@@ -179,30 +179,26 @@ class BlockGates(nn.Module):
             read: runs the block's router.
             request: of the generation.
         """
-        words = self._words(block, len(counts), plan, context, read)
-        if words is None:
+        logits = self._logits(block, len(counts), plan, context, read)
+        if logits is None:
             # Nothing is known yet: run, at the full width, as a NaN does.
-            words = [[math.nan] * (1 + len(self.config.widths))] * len(counts)
+            logits = [[math.nan] * (1 + len(self.config.widths))] * len(counts)
         margin = 0.0 if self.reuse is None else self.reuse.margin
         if context.steps is not None and context.step < self._first_reuse(len(context.steps)):
             entry = None
         shifts = None if cap is None else cap.shift(context.call, context.step, len(counts))
-        parts = []
-        for sample, (word, kept) in enumerate(zip(words, counts, strict=True)):
+        decisions = []
+        for sample, (own, kept) in enumerate(zip(logits, counts, strict=True)):
             dial = plan.dial if shifts is None else Dial(plan.dial.threshold, shifts[sample])
             may_reuse = entry is not None and self.reuse is not None and entry.may_serve(sample, self.reuse.max_reuses)
-            width = 1.0 if block in (self._whole or ()) else choose_width(word, dial, self.config.widths)
-            part = Decision(choose_action(word[0], dial, margin, may_reuse), kept, width)
-            if cap is not None and part.action == "run":
-                flops = self.flops(block, part, request)
+            width = 1.0 if block in (self._whole or ()) else choose_width(own, dial, self.config.widths)
+            decision = Decision(choose_action(own[0], dial, margin, may_reuse), kept, width)
+            if cap is not None and decision.action == "run":
+                flops = self.planner.costs[block].flops(kept, request.text_tokens, width, request.attended)
                 if not cap.spend(context.call, context.step, sample, len(counts), flops):
-                    part = Decision("reuse" if may_reuse else "skip", 0)
-            parts.append(part if part.action == "run" else Decision(part.action, 0))
-        return tuple(parts)
-
-    def flops(self, block: int, part: Decision, request: Request) -> float:
-        """FLOPs of a decision to run."""
-        return self.planner.costs[block].flops(part.tokens, request.text_tokens, part.width, request.attended)
+                    decision = Decision("reuse" if may_reuse else "skip", 0)
+            decisions.append(decision if decision.action == "run" else Decision(decision.action, 0))
+        return tuple(decisions)
 
     def hard_bound(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> Cap | None:
         """The hard bound of this generation, made at its first block; None where none was asked for."""
@@ -216,10 +212,10 @@ class BlockGates(nn.Module):
             self.cap = budget, cap
         return self.cap[1]
 
-    def _words(
+    def _logits(
         self, block: int, batch: int, plan: GatePlan, context: StepContext, read: Reader
     ) -> Sequence[Sequence[float]] | None:
-        """The routers' word on every sample of the batch, or None where nothing is known yet."""
+        """`SampleLogits` of every sample of the batch, or None where nothing is known yet."""
         if plan.logits is not None:
             place = self.planner.routed.index(block)
             rows = [context.step] * batch
@@ -229,8 +225,8 @@ class BlockGates(nn.Module):
                 rows = context.memo["coarse"]
             return [[plan.logits[0][row][place], *plan.logits[1][row][place]] for row in rows]
         half = batch // 2 if context.branch == "both" and self.config.cfg_gates == "cond" else 0
-        words = self.words.of(block, context, lambda: read(block, half))
-        return words if words is None or not half else [*words, *words]
+        logits = self.outputs.of(block, context, lambda: read(block, half))
+        return logits if logits is None or not half else [*logits, *logits]
 
     def _coarse_rows(self, context: StepContext, batch: int) -> list[int]:
         """Where each sample's timestep lies in the plan of a bare transformer."""

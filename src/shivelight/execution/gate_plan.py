@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shivelight.cost import BlockCost
-from shivelight.routing import Dial, GateRecords
+from shivelight.routing import Dial, GateRecords, width_choice
 
 # sigmoid(30) is 1 to fp32 and trained logits stay far below 30: beyond this shift nothing changes any more.
 _FARTHEST = 60.0
@@ -94,22 +94,21 @@ class GatePlanner:
 
     def cost_by_step(self, shift: float) -> Tensor:
         """Expected FLOPs of the routed blocks at each step [T], for one sample."""
-        moved = self.width + shift * torch.arange(self.width.shape[-1], dtype=torch.float64)
-        chosen = moved.shape[-1] - 1 - moved.flip(-1).argmax(-1)  # ties to the widest
+        dial = Dial(self.threshold, shift)
+        chosen = width_choice(dial.moved_widths(self.width))
         prices = self.prices[:, None].expand(*chosen.shape, -1).gather(-1, chosen[..., None]).squeeze(-1)
-        costs = (prices * self._runs(self.gate + shift)).mean(1).sum(-1)
+        costs = (prices * self._runs(dial)).mean(1).sum(-1)
         if self.late:  # at the first step nothing is known yet, and everything runs
             costs[0] = self.prices[0, :, -1].sum()
         return costs
 
-    def _runs(self, logits: Tensor) -> Tensor:
-        """Expected runs [T, W, L] of blocks with these gate logits: 1, 0, or between where residuals are reused."""
-        dial = Dial(self.threshold)
-        allowed = (logits >= dial.low).double()
+    def _runs(self, dial: Dial) -> Tensor:
+        """Expected runs [T, W, L] of the blocks at this dial: 1, 0, or between where residuals are reused."""
+        allowed = (~dial.skips(self.gate)).double()
         if self.reuse is None:
             return allowed
         margin, most, first = self.reuse
-        unsure = (logits >= dial.low) & (logits <= dial.high(margin))
+        unsure = ~dial.skips(self.gate) & dial.unsure(self.gate, margin)
         if not self.static:
             # A block that stays unsure runs once in (most + 1) steps.
             unsure[: max(first, 1)] = False

@@ -3,6 +3,7 @@
 Shapes: B samples, L routed blocks, S widths.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,8 +17,8 @@ from shivelight.execution.context import StepContext
 from shivelight.routing import Dial
 
 Action = Literal["run", "reuse", "skip"]
-# One router's word on one sample: the gate logit, then S width logits.
-Word = Sequence[float]
+# A router's output for one sample: the gate logit, then S width logits.
+SampleLogits = Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,18 @@ def choose_action(gate_logit: float, dial: Dial, margin: float, may_reuse: bool)
 
     A NaN runs the block: the safe answer.
     """
-    moved = gate_logit + dial.shift
-    if moved < dial.low:
+    if dial.skips(gate_logit):
         return "skip"
-    return "reuse" if may_reuse and moved <= dial.high(margin) else "run"
+    return "reuse" if may_reuse and dial.unsure(gate_logit, margin) else "run"
 
 
-def choose_width(word: Word, dial: Dial, widths: Sequence[float]) -> float:
-    """Share of the MLP that runs at this dial; ties and NaN go to the widest."""
+def choose_width(logits: SampleLogits, dial: Dial, widths: Sequence[float]) -> float:
+    """Share of the MLP that runs at this dial; ties and NaN go to the widest.
+
+    `routing.width_choice` on the host, for one sample: tensors of five numbers would cost more than the comparison.
+    """
     best = len(widths) - 1
-    moved = [logit + dial.shift * place for place, logit in enumerate(word[1:])]
+    moved = [logit + dial.shift * place for place, logit in enumerate(logits[1:])]
     for place in reversed(range(best)):
         if moved[place] > moved[best]:
             best = place
@@ -64,16 +67,36 @@ class Spending:
         flops: of what ran, over all samples and passes.
         dense: what the dense blocks would have taken.
         actions: how often a sample ran, reused and skipped a block.
+        shares: by (step, block), the share of the dense block that each sample of each pass took.
     """
 
     flops: float = 0.0
     dense: float = 0.0
     actions: dict[Action, int] = field(default_factory=lambda: {"run": 0, "reuse": 0, "skip": 0})
+    shares: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+
+    def begin(self, dense: float, always: float, samples: int) -> None:
+        """A pass begins: FLOPs of the dense blocks, and of those that are never routed, for each sample."""
+        self.dense += dense * samples
+        self.flops += always * samples
+
+    def add(self, step: int, block: int, decisions: Sequence[Decision], costs: Sequence[float], dense: float) -> None:
+        """A block runs: what each sample does, its FLOPs, and those of the dense block."""
+        shares = self.shares.setdefault((step, block), [])
+        for decision, cost in zip(decisions, costs, strict=True):
+            self.actions[decision.action] += 1
+            self.flops += cost
+            shares.append(cost / dense)
 
     @property
     def ratio(self) -> float | None:
         """Realised cost over dense; None before the first pass."""
         return self.flops / self.dense if self.dense else None
+
+    def map(self) -> list[list[float]]:
+        """Mean share of the dense block that ran, [steps][routed blocks]; of a generation that was read."""
+        steps, blocks = (sorted({key[axis] for key in self.shares}) for axis in (0, 1))
+        return [[statistics.fmean(self.shares[step, block]) for block in blocks] for step in steps]
 
 
 class Cap:
@@ -125,8 +148,8 @@ class Cap:
         return max((place for place, cost in enumerate(row) if cost <= left), default=0)
 
 
-class GateWords:
-    """What the routers said, when it is needed: now, from the step before, or from the records.
+class RouterOutputs:
+    """The routers' logits on the host, when they are needed: those of this step, or those of the step before.
 
     Args:
         config: of block routing.
@@ -134,29 +157,29 @@ class GateWords:
 
     def __init__(self, config: BlockRouting) -> None:
         self.config = config
-        self._said: dict[int, dict[int, Tensor]] = {}
-        self._heard: dict[int, list[list[float]]] = {}
-        self._rule: dict[int, list[list[float]] | None] = {}
+        self._this_step: dict[int, dict[int, Tensor]] = {}  # by pass and block, still on the device
+        self._last_step: dict[int, list[list[float]]] = {}
+        self._conditional: dict[int, list[list[float]] | None] = {}  # what the unconditional pass follows
 
     def clear(self) -> None:
         """A generation begins or ends."""
-        self._said, self._heard, self._rule = {}, {}, {}
+        self._this_step, self._last_step, self._conditional = {}, {}, {}
 
     def begin(self, context: StepContext) -> None:
-        """A pass begins: in "step" mode, one transfer of what all routers said in the same pass of the step before."""
+        """A pass begins: in "step" mode, one transfer of all routers' logits in the same pass of the step before."""
         if context.branch != "uncond":
-            self._rule = {}
+            self._conditional = {}
         if self.config.decide != "step" or context.steps is None:  # a bare transformer's passes have no order
-            self._said = {}
+            self._this_step = {}
             return
-        said = self._said.pop(context.call, {})
-        self._heard = {}
-        if said:
-            together = torch.stack(list(said.values())).tolist()
-            self._heard = dict(zip(said, together, strict=True))
+        logits = self._this_step.pop(context.call, {})
+        self._last_step = {}
+        if logits:
+            together = torch.stack(list(logits.values())).tolist()
+            self._last_step = dict(zip(logits, together, strict=True))
 
     def of(self, block: int, context: StepContext, read: Callable[[], Tensor]) -> list[list[float]] | None:
-        """One `Word` for each row that the router reads; None where nothing is known yet, so that everything runs.
+        """`SampleLogits` for each row that the router reads; None where nothing is known yet, so that everything runs.
 
         Args:
             block: index of the block.
@@ -164,19 +187,18 @@ class GateWords:
             read: runs the router now, [B, 1 + S].
         """
         if context.branch == "uncond" and self.config.cfg_gates == "cond":
-            if block not in self._rule:
+            if block not in self._conditional:
                 raise ShivelightError(
                     "The unconditional pass came before the conditional one of its step; with cfg_gates='cond' the "
                     "conditional branch decides for both. Run it first, under shivelight.branch(model, 'cond')."
                 )
-            return self._rule[block]
+            return self._conditional[block]
         if self.config.decide == "step" and context.steps is not None:
-            said = read()
-            self._said.setdefault(context.call, {})[block] = said
-            heard = self._heard.get(block)
-            words = heard if heard is not None and len(heard) == len(said) else None
+            now = self._this_step.setdefault(context.call, {})[block] = read()
+            before = self._last_step.get(block)
+            logits = before if before is not None and len(before) == len(now) else None
         else:
-            words = read().tolist()
+            logits = read().tolist()
         if context.branch == "cond":
-            self._rule[block] = words
-        return words
+            self._conditional[block] = logits
+        return logits

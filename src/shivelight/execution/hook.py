@@ -169,13 +169,13 @@ class BlockHook(ModelHook):
             return output
         if routed.session is not None or routed.gate_session is not None:
             return self._train(module, call)
-        parts = routed.decide(self.block, x, call.text)
-        scores = self._scores_for(x, parts)  # before the entry: a new one would have nothing to rank by
+        decisions = routed.decide(self.block, x, call.text)
+        scores = self._scores_for(x, decisions)  # before the entry: a new one would have nothing to rank by
         entry = None
         if routed.reuses:
             text = call.text if routed.config.blocks is not None else None
             entry = routed.residuals.enter((routed.context.call, self.block), x, text)
-        image, text, indices = self._route(module, call, parts, Selection(scores), entry)
+        image, text, indices = self._route(module, call, decisions, Selection(scores), entry)
         routed.residuals.trim()
         if routed.observer is not None:
             self._show(call, image, text, indices)
@@ -186,9 +186,9 @@ class BlockHook(ModelHook):
         texts = None if text is None or call.text is None else (call.text, text)
         self.routed.observer(self.block, call.image, image, indices, texts)
 
-    def _scores_for(self, x: Tensor, parts: tuple[Decision, ...]) -> Tensor | None:
+    def _scores_for(self, x: Tensor, decisions: tuple[Decision, ...]) -> Tensor | None:
         """Scores [B, N] to select by; None where no sample selects."""
-        selects = any(part.action == "run" and part.tokens < x.shape[1] for part in parts)
+        selects = any(decision.action == "run" and decision.tokens < x.shape[1] for decision in decisions)
         # What the conditional pass scores also serves an unconditional one that runs a block it skips itself.
         if not selects and not (self.routed.context.branch == "cond" and self.routed.selects):
             return None
@@ -228,7 +228,7 @@ class BlockHook(ModelHook):
         self,
         module: nn.Module,
         call: BlockCall,
-        parts: tuple[Decision, ...],
+        decisions: tuple[Decision, ...],
         selection: Selection,
         entry: BlockResiduals | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -236,17 +236,17 @@ class BlockHook(ModelHook):
         one real, smaller run."""
         # Samples whose keys and values are known and samples whose are not cannot run together.
         known = [True] if entry is None else entry.complete
-        if len(parts) == 1 and len(set(known)) == 1:
-            return self._run_part(module, call, parts[0], selection, entry)
+        if len(decisions) == 1 and len(set(known)) == 1:
+            return self._run_as(module, call, decisions[0], selection, entry)
         batch = len(call.image)
-        kinds = list(zip(parts * (batch // len(parts)), known * (batch // len(known)), strict=True))
+        kinds = list(zip(decisions * (batch // len(decisions)), known * (batch // len(known)), strict=True))
         groups, images, texts = [], [], []
         for kind in sorted(set(kinds), key=lambda kind: (kind[0].action, kind[0].tokens, kind[0].width, kind[1])):
-            part, members = kind[0], [i for i, other in enumerate(kinds) if other == kind]
+            decision, members = kind[0], [i for i, other in enumerate(kinds) if other == kind]
             samples = sample_index(members, call.image.device)
-            inner = call.of_samples(samples, runs=part.action == "run")
+            inner = call.of_samples(samples, runs=decision.action == "run")
             own = None if entry is None else entry.take(samples, members)
-            image, text, _ = self._run_part(module, inner, part, selection.take(samples), own)
+            image, text, _ = self._run_as(module, inner, decision, selection.take(samples), own)
             if entry is not None and own is not None:
                 entry.put(samples, members, own)
             groups.append(samples)
@@ -256,27 +256,27 @@ class BlockHook(ModelHook):
         assert merged is not None
         return merged, merge_samples(texts, groups), None
 
-    def _run_part(
-        self, module: nn.Module, call: BlockCall, part: Decision, selection: Selection, entry: BlockResiduals | None
+    def _run_as(
+        self, module: nn.Module, call: BlockCall, decision: Decision, selection: Selection, entry: BlockResiduals | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(image, text, indices) of samples that all do the same."""
         x = call.image
-        if part.action == "skip":
+        if decision.action == "skip":
             return x, call.text, None
-        if part.action == "reuse":
+        if decision.action == "reuse":
             assert entry is not None
             assert self.routed.config.reuse is not None
             context, reuse = self.routed.context, self.routed.config.reuse
             return *entry.add(x, call.text, context.step, reuse.max_age), None
         indices = None
-        if part.tokens < x.shape[1]:  # a permuted k = N is not bit-identical, so nothing is gathered there
+        if decision.tokens < x.shape[1]:  # a permuted k = N is not bit-identical, so nothing is gathered there
             assert selection.scores is not None
-            indices = top_k_indices(selection.scores, part.tokens)
+            indices = top_k_indices(selection.scores, decision.tokens)
         if entry is None:
-            image, text = self._run(module, call, call.on_tokens(x, indices), part.width, selection.masks)
+            image, text = self._run(module, call, call.on_tokens(x, indices), decision.width, selection.masks)
             return (image if indices is None else write_back(x, indices, image)), text, indices
         with self.routed.remembering(self.block, module, entry, indices):
-            image, text = self._run(module, call, call.on_tokens(x, indices), part.width, selection.masks)
+            image, text = self._run(module, call, call.on_tokens(x, indices), decision.width, selection.masks)
         assert self.routed.config.reuse is not None
         reuse = self.routed.config.reuse
         entry.update_text(call.text, text)
@@ -311,13 +311,13 @@ class BlockHook(ModelHook):
             kept = self._mask_of(scores, counts, tokens)
             entered = self._where_run(runs, session.enter(self.block, x, kept), x)
         inner = BlockCall(call.spec, (), call.arguments | {call.spec.image_argument: entered})
-        parts = tuple(
+        decisions = tuple(
             Decision("run", k) if run else Decision("skip", 0)
             for run, k in zip(runs, counts * (batch // len(counts)), strict=True)
         )
-        parts = parts[:1] if len(set(parts)) == 1 else parts
+        decisions = decisions[:1] if len(set(decisions)) == 1 else decisions
         entry = None if session is None else session.residuals(self.block, x)
-        image, text, _ = self._route(module, inner, parts, Selection(scores, masks), entry)
+        image, text, _ = self._route(module, inner, decisions, Selection(scores, masks), entry)
         if session is not None and kept is not None:
             image = self._where_run(runs, session.leave(self.block, entered, image, kept), image)
         if gating is not None:

@@ -1,7 +1,7 @@
 """The state of a routed backbone: its routers and policy as one submodule, and what the hooks need to know."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, NoReturn, Protocol
 
@@ -184,11 +184,9 @@ class Routed(nn.Module):
             return entry.complete_projection(name, indices, output)
 
         # Only tokens are left out of a block that runs; without token routing there is nothing to complete.
-        for name in self.spec.context_linears if reuse.context and self.config.tokens is not None else ():
-            with suppress(AttributeError):  # only some blocks have dual attention
-                # Registered for this call alone, on whatever the layer is by now: a user's LoRA may have wrapped it.
-                layer = module.get_submodule(name)
-                handles.append(layer.register_forward_hook(lambda _, __, output, name=name: complete(name, output)))
+        layers = self.spec.context_layers(module) if reuse.context and self.config.tokens is not None else {}
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_hook(lambda _, __, output, name=name: complete(name, output)))
         try:
             yield
             if len(completed) != len(handles):
@@ -308,10 +306,10 @@ class Routed(nn.Module):
         schedule = self.schedule(request)
         gates = self.gates or self.drift
         plan = None if gates is None else gates.plan(request, budget or self.budget, schedule.keep)
-        if plan is not None and plan.cost is None:
-            return None
-        if plan is None or plan.cost is None:
+        if plan is None:
             return self.planner.planned_ratio(schedule, request)
+        if plan.cost is None:
+            return None
         dense, always = self.planner.dense_flops(tokens, text_tokens)
         return (always + plan.cost / plan.steps) / dense
 
@@ -327,14 +325,14 @@ class Routed(nn.Module):
         text_tokens = 0 if text is None else text.shape[1]
         counts = self.kept_counts(block, batch, tokens, text_tokens)
         request, schedule, plan = self._asked(tokens, text_tokens)
-        parts = tuple(Decision("run", k) for k in counts)
+        decisions = tuple(Decision("run", k) for k in counts)
         if isinstance(plan, DriftPlan) and self.drift is not None:
             row, context = schedule.row(self.context.step), self.context
-            parts = self.drift.decide(
+            decisions = self.drift.decide(
                 block, batch, row, plan, context, lambda other: self._entry(other, x, text), request
             )
         elif isinstance(plan, GatePlan) and self.gates is not None:
-            parts = self.gates.decide(
+            decisions = self.gates.decide(
                 block,
                 counts * (batch // len(counts)),
                 plan,
@@ -344,8 +342,8 @@ class Routed(nn.Module):
                 lambda block, first: self.read_gates(block, x[first:], text, first),
                 request,
             )
-        self._account(block, parts if len(parts) == batch else parts * batch, request)
-        return parts[:1] if len(set(parts)) == 1 else parts
+        self._account(block, decisions if len(decisions) == batch else decisions * batch, request)
+        return decisions[:1] if len(set(decisions)) == 1 else decisions
 
     def _asked(self, tokens: int, text_tokens: int) -> tuple[Request, Schedule, GatePlan | DriftPlan | None]:
         """The request of this generation, its schedule and the plan of its blocks, looked up once in a pass."""
@@ -374,17 +372,19 @@ class Routed(nn.Module):
         logits = self.gates.router(block, x, time, condition, None if text is None else text[first:])
         return torch.cat([logits.gate[:, None], logits.width], dim=1)
 
-    def _account(self, block: int, parts: tuple[Decision, ...], request: Request) -> None:
+    def _account(self, block: int, decisions: tuple[Decision, ...], request: Request) -> None:
         """Add to the generation's spending."""
+        tokens, text_tokens, cost = request.tokens, request.text_tokens, self.planner.costs[block]
         if block == self.routed[0]:
-            dense, always = self.planner.dense_flops(request.tokens, request.text_tokens)
-            self.spending.dense += dense * len(parts)
-            self.spending.flops += always * len(parts)
-        cost = self.planner.costs[block]
-        for part in parts:
-            self.spending.actions[part.action] += 1
-            if part.action == "run":
-                self.spending.flops += cost.flops(part.tokens, request.text_tokens, part.width, request.attended)
+            self.spending.begin(*self.planner.dense_flops(tokens, text_tokens), len(decisions))
+        flops = {
+            decision: cost.flops(decision.tokens, text_tokens, decision.width, request.attended)
+            if decision.action == "run"
+            else 0.0
+            for decision in set(decisions)
+        }
+        dense = cost.flops(tokens, text_tokens)
+        self.spending.add(self.context.step, block, decisions, [flops[decision] for decision in decisions], dense)
 
     def kept_counts(self, block: int, batch: int, tokens: int, text_tokens: int) -> tuple[int, ...]:
         """How many tokens each sample keeps in this block now: one number where all agree, else one for each sample."""

@@ -7,7 +7,6 @@ from shivelight.routing.block_router import (
     ElasticDiTRouter,
     GateLogits,
     gate_probability,
-    hard_gate,
     width_choice,
 )
 from shivelight.routing.gate_records import Dial, GateRecords
@@ -31,7 +30,6 @@ __all__ = [
     "check_scores",
     "count_unit",
     "gate_probability",
-    "hard_gate",
     "keep_count",
     "schedule_from_logits",
     "schedule_within_cost",

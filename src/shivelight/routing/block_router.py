@@ -40,11 +40,6 @@ def gate_probability(logit: Tensor) -> Tensor:
     return torch.sigmoid(_wide(logit))
 
 
-def hard_gate(p: Tensor, threshold: float | Tensor = 0.5) -> Tensor:
-    """Whether the block runs, 1[p >= tau]: bool, like `p`. A NaN runs the block: the safe answer, without a sync."""
-    return ~(p < threshold)
-
-
 def width_choice(width_logits: Tensor) -> Tensor:
     """Index of the likeliest width, [B, S] -> [B] int64; ties, and logits that are all NaN, go to the widest."""
     return width_logits.shape[-1] - 1 - width_logits.flip(-1).argmax(-1)  # argmax returns the first of equals

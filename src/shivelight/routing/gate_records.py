@@ -1,4 +1,4 @@
-"""What block routers said lately, and where a budget puts their thresholds.
+"""Block routers' latest outputs, and where a budget puts their thresholds.
 
 Gates are thresholds on probabilities, so what they cost on average is an observation, not a formula. It is made in
 training and travels with the adapter. Shapes: M records, L routed blocks, S widths, T steps of a generation.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from typing import overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,31 +27,48 @@ def logit(p: float) -> float:
     return math.log(p) - math.log1p(-p) if p < 1.0 else math.inf
 
 
-@cache
-def _fp32(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32))
-
-
 @dataclass(frozen=True)
 class Dial:
     """Where the gates stand: one shift moves all of them and the widths with them, so that one adapter serves any budget.
 
     A block runs where sigmoid(gate logit + shift) >= threshold, at the width that is largest in
     width logits + shift * (0, 1, ..., S - 1); `shift` 0 is where the routers were trained. Compared are the logits, in
-    float64, so that a plan and what carries it out agree to the last bit.
+    float64, so that a plan and what carries it out agree to the last bit. `low` is the logit of the threshold, as fp32 has
+    it: routers' logits are fp32, and those of a fresh router lie on it.
     """
 
     threshold: float = 0.5
     shift: float = 0.0
+    low: float = field(init=False, repr=False)
 
-    @property
-    def low(self) -> float:
-        """The logit of the threshold, as fp32 has it: routers' logits are fp32, and those of a fresh router lie on it."""
-        return _fp32(logit(self.threshold))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "low", float(np.float32(logit(self.threshold))))
 
-    def high(self, margin: float) -> float:
-        """The logit of threshold + margin."""
-        return logit(self.threshold + margin)
+    @overload
+    def skips(self, gate_logit: float) -> bool: ...
+
+    @overload
+    def skips(self, gate_logit: Tensor) -> Tensor: ...
+
+    def skips(self, gate_logit: float | Tensor) -> bool | Tensor:
+        """Whether the gate is closed; a tensor's answer is a bool tensor like it. A NaN runs the block: the safe answer."""
+        return gate_logit + self.shift < self.low
+
+    @overload
+    def unsure(self, gate_logit: float, margin: float) -> bool: ...
+
+    @overload
+    def unsure(self, gate_logit: Tensor, margin: float) -> Tensor: ...
+
+    def unsure(self, gate_logit: float | Tensor, margin: float) -> bool | Tensor:
+        """Whether the probability is at most `margin` above the threshold, where a residual may serve (E-DiT, cache)."""
+        return gate_logit + self.shift <= logit(self.threshold + margin)
+
+    def moved_widths(self, width_logits: Tensor) -> Tensor:
+        """Width logits [..., S] as this dial reads them: each wider one moves by as much more."""
+        return width_logits + self.shift * torch.arange(
+            width_logits.shape[-1], dtype=width_logits.dtype, device=width_logits.device
+        )
 
 
 class GateRecords(nn.Module):
@@ -88,6 +106,16 @@ class GateRecords(nn.Module):
         self.gate[places] = gate.to(self.gate)
         self.width[places] = width.to(self.width)
         self.written += len(timesteps)
+
+    def shift_to_run(self, share: float, threshold: float) -> float:
+        """Shift of the dial at which this share of all recorded gates is open, in (0, 1]; 0 where nothing was recorded."""
+        if self.filled == 0:
+            return 0.0
+        logits = self.gate[: self.filled].flatten().float().sort(descending=True).values
+        opened = min(max(1, round(share * len(logits))), len(logits))
+        # Half-way to the next one, so that no rounding closes the last gate that is to open.
+        beyond = logits[opened] if opened < len(logits) else logits[-1] - 1.0
+        return Dial(threshold).low - float((logits[opened - 1] + beyond) / 2)
 
     def near(self, steps: Sequence[float], share: float = 0.125) -> tuple[Tensor, Tensor]:
         """The share of the records nearest to each timestep: gate logits [T, W, L], width logits [T, W, L, S], fp32, CPU.

@@ -18,21 +18,25 @@ from torch.autograd.function import once_differentiable
 
 from shivelight.cost import kept_channels
 from shivelight.errors import TrainingError
-from shivelight.routing import hard_gate, width_choice
+from shivelight.routing import Dial, gate_probability, width_choice
 from shivelight.training.losses import BudgetLoss
 
 
-def straight_through_gate(p: Tensor, threshold: float | Tensor = 0.5) -> Tensor:
-    """The gate g = 1[p >= tau] + p - sg(p): exactly 0 or 1 in the forward pass, a gradient of one to p.
+def straight_through_gate(logits: Tensor, dial: Dial) -> Tensor:
+    """The gate g = 1[p >= tau] + p - sg(p), p = sigmoid(logit + shift): exactly 0 or 1 in the forward pass, a gradient of
+    one to p.
 
     Args:
-        p: [B], from `routing.gate_probability`.
-        threshold: tau; p at the threshold runs.
+        logits: [B], of running the block.
+        dial: threshold tau, and shift; it decides as at inference.
 
     Returns:
-        [B] in the dtype of `p`.
+        [B], fp32 (float64 stays).
     """
-    return hard_gate(p, threshold).to(p.dtype) + (p - p.detach())
+    p = gate_probability(logits + dial.shift)
+    runs = ~dial.skips(logits.detach())
+    # A NaN gate runs, as at inference; the loss on its probability is NaN too, which the trainer refuses.
+    return runs.to(p.dtype) + torch.nan_to_num(p - p.detach())
 
 
 def apply_gate(x: Tensor, out: Tensor, gate: Tensor) -> Tensor:
@@ -103,16 +107,15 @@ def expected_width(width_logits: Tensor, widths: Sequence[float]) -> Tensor:
     return torch.stack([share * q[:, place] for place, share in enumerate(widths)]).sum(0)
 
 
-def gate_loss(p: Tensor, target: Tensor | float, average: BudgetLoss | None = None) -> Tensor:
+def gate_loss(p: Tensor, target: float, average: BudgetLoss | None = None) -> Tensor:
     """L_gate = (mean p - rho_g)^2, the mean over blocks and samples; or its average over batches.
 
-    The square of a small batch's mean also punishes samples for differing. With `average`, the deviation from the
-    target is averaged over batches before it is squared, and the targets may be sampled: the gradient is
-    2 (average deviation) dmean.
+    The square of a small batch's mean also punishes samples and timesteps for differing. With `average`, the deviation
+    from the target is averaged over batches before it is squared: the gradient is 2 (average deviation) dmean.
 
     Args:
         p: [L, B], probabilities of running.
-        target: rho_g of this batch, a number or a scalar tensor.
+        target: rho_g.
         average: a `BudgetLoss` kept for this loss alone; None for the paper's form.
     """
     if p.numel() == 0:
@@ -121,13 +124,13 @@ def gate_loss(p: Tensor, target: Tensor | float, average: BudgetLoss | None = No
     return (mean - target).square() if average is None else average(mean, target)
 
 
-def width_loss(ratio: Tensor, ran: Tensor, target: Tensor | float, average: BudgetLoss | None = None) -> Tensor:
+def width_loss(ratio: Tensor, ran: Tensor, target: float, average: BudgetLoss | None = None) -> Tensor:
     """L_width = (mean expected width over running blocks - rho_w)^2; 0, without any pull, if no block ran.
 
     Args:
         ratio: [L, B], from `expected_width` per block.
         ran: [L, B] bool, the blocks that ran; the others' widths cost nothing and are not read.
-        target: rho_w, a number or a scalar tensor.
+        target: rho_w.
         average: as for `gate_loss`; a batch in which no block ran counts as on its target.
     """
     ratio, count = _wide(ratio), ran.sum()

@@ -1,7 +1,7 @@
 """One routed training pass: which tokens and blocks run, and the gradients around those choices."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,9 +17,8 @@ from shivelight.training.estimators import (
     inclusion,
     perturb,
     soft_rank,
-    straight_through,
 )
-from shivelight.training.gates import apply_gate, expected_width, width_mask
+from shivelight.training.gates import apply_gate, expected_width, straight_through_gate, width_mask
 
 EstimatorName = Literal["input", "residual"]
 
@@ -135,18 +134,16 @@ class BlockSession:
         teacher: the dense pass on the same input: a sample that skips a block needs no second run to know what it missed.
         widths: shares of the MLP to choose from.
         orders: per routed block [H], its MLP's channels from the most to the least important.
-        threshold: tau.
-        shift: of the dial, added to gate and width logits (see `routing.Dial`).
-        said: per routed block, the router's logits, with their gradients.
+        dial: threshold, and the shift that this pass is trained at.
+        logits: per routed block, the router's, with their gradients and without the shift.
         features: the student's outputs of the blocks that are compared.
     """
 
     teacher: TeacherRecord
     widths: tuple[float, ...]
     orders: dict[int, Tensor] = field(default_factory=dict)
-    threshold: float = 0.5
-    shift: float = 0.0
-    said: dict[int, GateLogits] = field(default_factory=dict)
+    dial: Dial = Dial()
+    logits: dict[int, GateLogits] = field(default_factory=dict)
     features: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -154,18 +151,13 @@ class BlockSession:
 
     def choose(self, block: int, logits: Tensor) -> tuple[tuple[bool, ...], Tensor | None]:
         """Gate and width mask with their straight-through gradients."""
-        places = torch.arange(len(self.widths), device=logits.device)
-        said = GateLogits(logits[:, 0] + self.shift, logits[:, 1:] + self.shift * places)
-        self.said[block] = said
-        # The rule of inference, on the logits: probabilities would round it differently.
-        runs = ~(said.gate.detach() < Dial(self.threshold).low)
-        gate = runs.to(said.gate.dtype) + straight_through(gate_probability(said.gate))
-        self._gates[block] = gate
+        own = self.logits[block] = GateLogits(logits[:, 0], logits[:, 1:])
+        gate = self._gates[block] = straight_through_gate(own.gate, self.dial)
         mask = None
         if len(self.widths) > 1:
             order = self.orders[block]
-            mask = width_mask(said.width, self.widths, len(order), order)
-        return tuple(runs.tolist()), mask
+            mask = width_mask(self.dial.moved_widths(own.width), self.widths, len(order), order)
+        return tuple((gate.detach() > 0.5).tolist()), mask
 
     def leave(
         self, block: int, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]
@@ -186,21 +178,27 @@ class BlockSession:
         return apply_gate(x, torch.where(ran, out, x + residual.to(x.dtype)), gate)
 
     def probabilities(self) -> Tensor:
-        """[L, B], of running."""
-        return torch.stack([gate_probability(said.gate) for said in self.said.values()])
+        """[L, B], of running at shift 0: what the losses on gates and widths bound."""
+        return torch.stack([gate_probability(own.gate) for own in self.logits.values()])
 
     def width_ratios(self) -> Tensor:
-        """[L, B], expected shares of the MLPs."""
-        return torch.stack([expected_width(said.width, self.widths) for said in self.said.values()])
+        """[L, B], expected shares of the MLPs at shift 0."""
+        return torch.stack([expected_width(own.width, self.widths) for own in self.logits.values()])
+
+    def would_run(self) -> Tensor:
+        """[L, B] bool, at shift 0."""
+        unmoved = Dial(self.dial.threshold)
+        return torch.stack([~unmoved.skips(own.gate.detach()) for own in self.logits.values()])
 
     def ran(self) -> Tensor:
-        """[L, B] bool."""
+        """[L, B] bool, in this pass."""
         return torch.stack([gate.detach() > 0.5 for gate in self._gates.values()])
 
     def chosen_widths(self) -> Tensor:
-        """[L, B], shares of the MLPs that were chosen."""
+        """[L, B], shares of the MLPs that were chosen in this pass."""
         shares = torch.tensor(self.widths, device=next(iter(self._gates.values())).device)
-        return torch.stack([shares[width_choice(said.width.detach())] for said in self.said.values()])
+        chosen = [width_choice(self.dial.moved_widths(own.width.detach())) for own in self.logits.values()]
+        return torch.stack([shares[places] for places in chosen])
 
 
 class PassRecord:
@@ -215,7 +213,7 @@ class PassRecord:
 
     def __init__(self, backbone: nn.Module, spec: BackboneSpec, routed: tuple[int, ...], context: bool) -> None:
         self._blocks, self._routed = spec.block_list(backbone), routed
-        self._names = spec.context_linears if context else ()
+        self._spec, self._context = spec, context
         self.residuals: dict[int, Tensor] = {}
         self.projections: dict[int, dict[str, Tensor]] = {block: {} for block in routed}
 
@@ -231,10 +229,8 @@ class PassRecord:
         handles = []
         try:
             for block in self._routed:
-                for name in self._names:
-                    with suppress(AttributeError):  # only some blocks have dual attention
-                        layer = self._blocks[block].get_submodule(name)
-                        handles.append(layer.register_forward_hook(self._keeper(block, name)))
+                layers = self._spec.context_layers(self._blocks[block]) if self._context else {}
+                handles += [layer.register_forward_hook(self._keeper(block, name)) for name, layer in layers.items()]
             yield
         finally:
             for handle in handles:

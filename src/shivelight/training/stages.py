@@ -29,6 +29,8 @@ class TrainingConfig:
         budget_weight: weight of the budget loss.
         gate_target, width_target: rho_g and rho_w, mean probability of running a block and mean share of its MLP.
         gate_weight: weight of both losses on them (lambda; 1 in the paper).
+        gate_low, gate_high: range of the share of gates that are open in the joint stage: each micro-batch moves the dial to
+            a share drawn from it, so that one adapter serves every budget. Both None is the paper's: the dial never moves.
         rank_batches: batches by which the MLPs' channels are ranked before the first step; 0 keeps their own order.
         score_noise: standard deviation of the noise on the scores while routers train alone (stages 1 and 2).
         logit_noise: standard deviation of the noise on the policy's logits (stage 2).
@@ -63,6 +65,8 @@ class TrainingConfig:
     gate_target: float = 0.6
     width_target: float = 0.75
     gate_weight: float = 1.0
+    gate_low: float | None = 0.35
+    gate_high: float | None = 1.0
     rank_batches: int = 8
     score_noise: float = 0.1
     logit_noise: float = 1.0
@@ -91,6 +95,11 @@ class TrainingConfig:
         )
         for name in ("gate_target", "width_target"):
             _require(0 < getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; give a share in (0, 1].")
+        low, high = self.gate_low, self.gate_high
+        _require(
+            (low is None and high is None) or (low is not None and high is not None and 0 < low <= high <= 1),
+            f"gate_low is {low} and gate_high {high}; give 0 < gate_low <= gate_high <= 1, or None for both.",
+        )
         _require(self.rank_batches >= 0, f"rank_batches is {self.rank_batches}; give 0 or more.")
         _require(0 < self.target < 1, f"target is {self.target}; give a keep ratio in (0, 1).")
         _require(0 <= self.caption_drop < 1, f"caption_drop is {self.caption_drop}; give a share in [0, 1).")

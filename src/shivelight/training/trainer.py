@@ -24,7 +24,7 @@ from shivelight.adapter_files import save_adapter
 from shivelight.config import RoutingConfig
 from shivelight.errors import TrainingError
 from shivelight.execution.reuse import CachedPass
-from shivelight.routing import solve_anchor
+from shivelight.routing import Dial, solve_anchor
 from shivelight.training import checkpoints
 from shivelight.training.data import LatentCache, Sample
 from shivelight.training.deltas import LiveDeltas
@@ -46,10 +46,11 @@ from shivelight.training.stages import StageName, TrainingConfig
 
 @dataclass
 class Draw:
-    """What one micro-batch trains on: its own timestep, keep target, samples and generator."""
+    """What one micro-batch trains on: its own timestep, keep target, share of open gates, samples and generator."""
 
     sigma: float
     keep: float
+    open_gates: float | None
     indices: list[int]
     dropped: list[bool]
     generator: torch.Generator
@@ -90,7 +91,8 @@ class Trainer:
             self.routed = routed_of(pipe).float()
             if routing.deltas is not None and config.joint_steps:
                 self.deltas = LiveDeltas(self.backbone, self.routed.spec, routing.deltas, {})
-        self.budget_loss = BudgetLoss(reduce=self.accelerator.reduce)
+        averaged = ["budget_loss"] + ["gate_loss", "width_loss"] * (routing.blocks is not None)
+        self.averages = {name: BudgetLoss(reduce=self.accelerator.reduce) for name in averaged}
         scheduler = pipe.scheduler
         shift = getattr(scheduler.config, "shift", 1.0) or 1.0
         self._shift = 1.0 if getattr(scheduler.config, "use_dynamic_shifting", False) else float(shift)
@@ -107,9 +109,9 @@ class Trainer:
         return named | (dict(self.deltas.named_parameters()) if self.deltas is not None else {})
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: all that trains, the average of the budget loss, routers' records and channel orders."""
-        average = {f"budget_loss.{name}": b for name, b in self.budget_loss.named_buffers()}
-        return {**self.named_parameters(), **average, **dict(self.routed.named_buffers())}
+        """What a checkpoint holds: all that trains, the averages of the budget losses, routers' records and channel orders."""
+        averages = {f"{name}.{part}": b for name, loss in self.averages.items() for part, b in loss.named_buffers()}
+        return {**self.named_parameters(), **averages, **dict(self.routed.named_buffers())}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         rates = {
@@ -224,7 +226,7 @@ class Trainer:
             finally:
                 self.routed.observer = None
         cached = self._cached_pass(draw, sample, clean, noise)
-        session, gating = self._token_session(stage, draw, teacher, cached), self._block_session(teacher)
+        session, gating = self._token_session(stage, draw, teacher, cached), self._block_session(stage, draw, teacher)
         self.routed.session, self.routed.gate_session = session, gating
         velocity = self._velocity(noisy, sample, sigmas)
         losses = {"output": F.mse_loss(velocity.float(), wanted.float())}
@@ -240,13 +242,15 @@ class Trainer:
         if session is not None:
             losses["keep"] = session.ratios.mean()
             if stage != "router" and config.budget == "loss" and self.routed.policy is not None:
-                total = total + config.budget_weight * self.budget_loss(losses["keep"], config.target)
+                total = total + config.budget_weight * self.averages["budget_loss"](losses["keep"], config.target)
         if gating is not None:
-            ran = gating.ran()
-            losses["gates"], losses["width"] = ran.float().mean(), gating.chosen_widths().mean()
-            bounds = gate_loss(gating.probabilities(), config.gate_target)
+            losses["gates"], losses["width"] = gating.ran().float().mean(), gating.chosen_widths().mean()
+            # Averaged over micro-batches: each has one timestep, and timesteps may differ in what they need.
+            bounds = gate_loss(gating.probabilities(), config.gate_target, self.averages["gate_loss"])
             if len(gating.widths) > 1:
-                bounds = bounds + width_loss(gating.width_ratios(), ran, config.width_target)
+                bounds = bounds + width_loss(
+                    gating.width_ratios(), gating.would_run(), config.width_target, self.averages["width_loss"]
+                )
             total = total + config.gate_weight * bounds
             self._record(gating, 1000 * sigmas)
         return {"total": total} | {name: value.detach() for name, value in losses.items()}
@@ -298,19 +302,22 @@ class Trainer:
             cached=cached,
         )
 
-    def _block_session(self, teacher: TeacherRecord) -> BlockSession | None:
+    def _block_session(self, stage: StageName, draw: Draw, teacher: TeacherRecord) -> BlockSession | None:
         gates, blocks = self.routed.gates, self.routed.config.blocks
         if gates is None or blocks is None:
             return None
         orders = {block: gates.order(block) for block in self.routed.routed} if len(blocks.widths) > 1 else {}
-        return BlockSession(teacher, blocks.widths, orders, blocks.threshold)
+        shift = 0.0
+        if stage == "joint" and draw.open_gates is not None:
+            shift = gates.records.shift_to_run(draw.open_gates, blocks.threshold)
+        return BlockSession(teacher, blocks.widths, orders, Dial(blocks.threshold, shift))
 
     def _record(self, gating: BlockSession, timesteps: Tensor) -> None:
-        """Keep what the routers said: budgets are solved by it."""
+        """Keep the routers' logits: budgets are solved by them."""
         gates = self.routed.gates
         assert gates is not None
-        gate = torch.stack([said.gate.detach() for said in gating.said.values()], dim=1)
-        width = torch.stack([said.width.detach() for said in gating.said.values()], dim=1)
+        gate = torch.stack([own.gate.detach() for own in gating.logits.values()], dim=1)
+        width = torch.stack([own.width.detach() for own in gating.logits.values()], dim=1)
         gates.records.add(timesteps, gate, width)
 
     def _rank_channels(self) -> None:
@@ -349,7 +356,7 @@ class Trainer:
         """Timesteps of a generation, one from each of `schedule_points` intervals, drawn anew each time.
 
         On fixed points the policy learns to keep little at just those, which raises the anchor and with it all that is
-        trained at any other timestep: the mean keep in training rose from 0.65 to 0.79 that way.
+        trained at any other timestep (docs/decisions/budget.md).
         """
         plain = stratified_uniform(self.config.schedule_points, generator)
         return (1000 * shift_sigmas(plain, self._shift)).to(self.accelerator.device)
@@ -363,13 +370,16 @@ class Trainer:
         # The end of the path (pure data) is no input that sampling ever sees.
         sigmas = shift_sigmas(stratified_uniform(count, shared), self._shift).clamp(min=1e-3)
         keeps = stratified_ratios(count, config.keep_low, config.keep_high, shared)
+        opened: list[float | None] = [None] * count
+        if config.gate_low is not None and config.gate_high is not None:
+            opened = [*stratified_ratios(count, config.gate_low, config.gate_high, shared).tolist()]
         draws = []
         for group in range(config.groups):
             place = group * world + accelerator.process_index
             own = torch.Generator().manual_seed(_mix(config.seed, step, 1 + place))
             indices = torch.randint(len(self.cache), (config.group_size,), generator=own).tolist()
             dropped = (torch.rand(config.group_size, generator=own) < config.caption_drop).tolist()
-            draws.append(Draw(float(sigmas[place]), float(keeps[place]), indices, dropped, own))
+            draws.append(Draw(float(sigmas[place]), float(keeps[place]), opened[place], indices, dropped, own))
         return draws
 
     def _velocity(self, noisy: Tensor, sample: Sample, sigmas: Tensor) -> Tensor:
