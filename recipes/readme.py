@@ -82,7 +82,7 @@ def grids() -> None:
     folder = ROOT / "docs/images"
     folder.mkdir(parents=True, exist_ok=True)
     paste(comparison.pictures(comparison.dense(), captions), 8).save(folder / "dense-32.png")
-    reusing = comparison.other_adapter("tokens+reuse", *read_adapter(pipe, embedded.REUSING), keep=0.6)
+    reusing = comparison.on(read_adapter(pipe, embedded.REUSING), comparison.routed_point("tokens+reuse", keep=0.6))
     points = [comparison.dense(), reusing, comparison.tokens(0.8), comparison.tokens(0.6)]
     paste(torch.cat([comparison.pictures(point, captions[:8]) for point in points]), 8).save(folder / "grid.png")
 

@@ -20,7 +20,7 @@ from shivelight.cost import step_flops
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.comparison import Comparison, KeptTokens, OperatingPoint, Setting
 from shivelight.evaluation.latency import Timings, interleave
-from shivelight.evaluation.standard import block_points, standard_points, with_fewer_steps
+from shivelight.evaluation.standard import adapter_points, references, token_points, with_fewer_steps
 from shivelight.execution.folding import Delta
 
 STEPS = 3
@@ -37,17 +37,23 @@ def comparison(pipe) -> Comparison:  # noqa: ANN001
     return Comparison(pipe, Setting(STEPS, 3.0, 0, 2, options))
 
 
+def every_point(comparison: Comparison) -> list[OperatingPoint]:
+    free = [comparison.training_free(axis, compute=0.6) for axis in ("tokens", "blocks", "both")]
+    return [*references(comparison, None), *token_points(comparison, [0.6]), *free]
+
+
 def test_every_state_is_left_as_it_was_found(comparison: Comparison) -> None:
     routed = comparison.routed
     config, budget = routed.config, routed.budget
-    for point in standard_points(comparison, [0.6], None):
+    for point in every_point(comparison):
         with point.state():
             pass
+        assert comparison.routed is routed
         assert (routed.config, routed.budget, routed.enabled, routed.folded.active) == (config, budget, True, True)
 
 
 def test_methods_differ_only_in_which_tokens_run(comparison: Comparison) -> None:
-    points = {p.method: p for p in standard_points(comparison, [0.6], None)}
+    points = {p.method: p for p in [*references(comparison, None), *token_points(comparison, [0.6])]}
     flops = {name: comparison.counted_flops(point) for name, point in points.items()}
     assert flops["random"] == flops["norm"] < flops["dense"]
     pictures = {name: comparison.pictures(point, ["a b", "c d", "e"]) for name, point in points.items()}
@@ -60,17 +66,20 @@ def test_methods_differ_only_in_which_tokens_run(comparison: Comparison) -> None
 
 def test_training_free_routing_runs_on_the_backbone_s_own_weights(comparison: Comparison) -> None:
     captions = ["a b", "c d"]
-    ours = comparison.pictures(comparison.training_free(0.6), captions)
+    found = {axis: comparison.training_free(axis, compute=0.7) for axis in ("tokens", "blocks")}
+    ours = {axis: comparison.pictures(point, captions) for axis, point in found.items()}
     assert comparison.routed.folded.active and comparison.routed.config.reuse is None
-    sl.attach(comparison.pipe, sl.RoutingConfig.training_free(0.6))  # takes the deltas off
-    assert torch.equal(comparison.call(captions, STEPS), ours)
+    for axis, point in found.items():
+        sl.attach(comparison.pipe, sl.RoutingConfig.training_free(compute=0.7, axis=axis))  # takes the deltas off
+        assert torch.equal(comparison.call(captions, STEPS), ours[axis])
+        assert point.method == ("training-free" if axis == "tokens" else "training-free-blocks")
 
 
 def test_baselines_may_spend_what_routing_plans_to_spend(comparison: Comparison) -> None:
     with torch.no_grad():
         comparison.routed.policy.layer_embedding.copy_(torch.randn(comparison.routed.policy.layer_embedding.shape))
         comparison.routed.policy.layer_out.fill_(0.3)
-    planned = {p.method: comparison.planned(p) for p in standard_points(comparison, [0.6], None)}
+    planned = {p.method: comparison.planned(p) for p in token_points(comparison, [0.6])}
     assert comparison.routed.shape[1] == 32  # the text of this pipeline, not the 333 tokens that a summary assumes
     assert planned["fixed"] == planned["random"] == planned["norm"]
     assert planned["tokens"] - 0.02 < planned["fixed"] <= planned["tokens"]
@@ -175,7 +184,7 @@ def test_the_finetuned_weights_are_folded_from_the_backbone_s_own(comparison: Co
 
 
 @pytest.mark.parametrize("tokens", [False, True])
-def test_block_points_share_one_adapter_and_leave_no_trace(pipe, tokens: bool) -> None:  # noqa: ANN001
+def test_points_of_block_routers_share_one_adapter_and_leave_no_trace(pipe, tokens: bool) -> None:  # noqa: ANN001
     torch.manual_seed(0)
     routing = sl.TokenRouting() if tokens else None
     sl.attach(pipe, sl.RoutingConfig(routing, sl.BlockRouting(start="random", token_stride=1)))
@@ -183,7 +192,7 @@ def test_block_points_share_one_adapter_and_leave_no_trace(pipe, tokens: bool) -
     routed.gates.records.add(torch.rand(64) * 1000, torch.randn(64, 3), torch.randn(64, 3, 4))
     comparison = Comparison(pipe, Setting(STEPS, 3.0, 0, 2, {"max_sequence_length": 16, "height": 32, "width": 32}))
     config, budget = routed.config, routed.budget
-    points = block_points(comparison, [0.6], None)
+    points = [comparison.dense(), *adapter_points(comparison, None, compute=0.6)]
     name = "tokens+blocks" if tokens else "blocks"
     assert [p.method for p in points] == [
         "dense",
@@ -205,7 +214,10 @@ def test_block_points_share_one_adapter_and_leave_no_trace(pipe, tokens: bool) -
 def test_another_adapter_stands_in_the_same_table_and_leaves_no_trace(comparison: Comparison, tmp_path: Path) -> None:
     pipe, routed, captions = comparison.pipe, comparison.routed, ["a b", "c d"]
     mine = comparison.pictures(comparison.tokens(0.6), captions)
-    other = comparison.other_adapter("other", *prepare_other(pipe, tmp_path), keep=0.6)
+    adapter = prepare_other(pipe, tmp_path)
+    (other,) = adapter_points(comparison, adapter, keep=0.6)
+    assert other.method == "tokens"
+    other = replace(other, method="other")
     theirs = comparison.pictures(other, captions)
     assert comparison.routed is routed and routed.enabled and routed.folded.active
     assert torch.equal(comparison.pictures(comparison.tokens(0.6), captions), mine)
@@ -239,3 +251,19 @@ def test_what_a_state_costs_is_not_timed() -> None:
 
     timings = interleave({"a": lambda: None, "b": lambda: None}, 1, 0, states={"a": slow})
     assert timings.total["a"][0] < 0.04
+
+
+def test_an_adapter_is_named_after_what_it_routes_and_whether_it_reuses(pipe) -> None:  # noqa: ANN001
+    reuse, blocks = sl.Reuse(), sl.BlockRouting()
+    sl.attach(pipe, sl.RoutingConfig())
+    comparison = Comparison(pipe, Setting(STEPS))
+    for config, names in (
+        (sl.RoutingConfig(), ["tokens"]),
+        (sl.RoutingConfig(sl.TokenRouting(sees_drift=True), reuse=reuse), ["tokens+reuse"]),
+        (sl.RoutingConfig(None, blocks), ["blocks", "blocks+reuse"]),
+        (sl.RoutingConfig(blocks=blocks), ["tokens+blocks", "tokens+blocks+reuse"]),
+        (sl.RoutingConfig(sl.TokenRouting(sees_drift=True), blocks, reuse=reuse), ["tokens+blocks+reuse"]),
+    ):
+        found = adapter_points(comparison, (prepare(pipe, config), {}), ablations=False, compute=0.7)
+        assert [point.method for point in found] == names
+        assert all(point.budget == {"compute": 0.7} for point in found)

@@ -23,13 +23,15 @@ from shivelight.demo.data import EmojiData
 from shivelight.demo.export import export_images
 from shivelight.evaluation.comparison import Comparison, KeptTokens, OperatingPoint, Setting
 from shivelight.evaluation.results import new_results
-from shivelight.evaluation.standard import standard_points, with_fewer_steps
+from shivelight.evaluation.standard import adapter_points, references, token_points, with_fewer_steps
 from shivelight.report import ReportFigures, build_report
+from shivelight.report.style import is_ours
 from shivelight.training.data import build_cache, read_folder
 from shivelight.training.stages import TrainingConfig
 from shivelight.training.trainer import Trainer
 
 KEEPS = (0.8, 0.6, 0.5)
+COMPUTE = 0.6667  # what keep 0.6 comes to
 SHOWN = 8
 
 
@@ -59,8 +61,13 @@ def demo(
     common.say("3. The shipped adapter: same captions, same seeds, methods timed in turns")
     sl.load_adapter(pipe, embedded.ADAPTER)
     comparison = Comparison(pipe, setting)
-    reusing = read_adapter(pipe, embedded.REUSING) if embedded.REUSING.is_dir() else None
-    points = standard_points(comparison, KEEPS, read_deltas(pipe, embedded.FINETUNED), (0.6,), reusing)
+    points = references(comparison, read_deltas(pipe, embedded.FINETUNED))
+    points += token_points(comparison, KEEPS, (0.6,))
+    others = [read_adapter(pipe, folder) for folder in embedded.OTHERS]
+    for other in others:
+        budget = {"keep": 0.6} if other[0].config.blocks is None else {"compute": COMPUTE}
+        points += adapter_points(comparison, other, ablations=False, **budget)
+    points.append(comparison.training_free("blocks", compute=COMPUTE))
     points = with_fewer_steps(comparison, points, apart=3)
     with common.progress_bar("timing", len(points) * (rounds + 1)) as advance:
         timings = comparison.time(points, rounds, progress=advance)
@@ -132,8 +139,9 @@ def report_figures(
             "dense-finetuned": "dense, fine-tuned",
             "fewer-steps": f"fewer steps ({point.steps})",
         }
-        if point.method in shown or point.method in ("tokens", "tokens+reuse"):
-            label = shown.get(point.method) or f"{point.method}, keep {point.budget['keep']:g}"
+        if point.method in shown or is_ours(point.method):
+            budget = ", ".join(f"{name} {value:g}" for name, value in point.budget.items())
+            label = shown.get(point.method) or f"{point.method}, {budget}"
             grids[label] = [to_image(picture) for picture in pictures[point.name][:SHOWN]]
     routed = routed_of(comparison.pipe)
     schedule = sl.current_schedule(comparison.pipe, comparison.setting.steps)
@@ -149,7 +157,24 @@ def report_figures(
         schedule_blocks=list(routed.routed),
         token_maps=maps,
         losses=losses,
+        block_maps=block_maps(comparison, points),
     )
+
+
+def block_maps(comparison: Comparison, points: list[OperatingPoint]) -> list[tuple[str, np.ndarray]]:
+    """Share of each block that ran, for pictures on plain and on textured backgrounds; of gates that a router decides."""
+    maps = []
+    captions = EmojiData().captions("test")
+    for point in points:
+        if point.method not in ("blocks", "tokens+blocks"):
+            continue
+        for pattern in ("plain", "texture"):
+            chosen = [str(c) for c in captions if c.background.pattern == pattern][:4]
+            with point.state():
+                comparison.call(chosen, point.steps)
+                spent = np.array(comparison.routed.spending.map())
+            maps.append((f"{point.method}, compute {point.budget['compute']:g}, {pattern} backgrounds", spent))
+    return maps
 
 
 def to_image(picture: Tensor) -> Image.Image:

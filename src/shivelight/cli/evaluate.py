@@ -12,11 +12,17 @@ from shivelight.cli import common
 from shivelight.demo import pipeline as embedded
 from shivelight.demo.data import EmojiData
 from shivelight.errors import DataError
-from shivelight.evaluation.comparison import Comparison, Setting
+from shivelight.evaluation.comparison import Adapter, Comparison, OperatingPoint, Setting
 from shivelight.evaluation.features import feature_network
 from shivelight.evaluation.images import to_tensor
 from shivelight.evaluation.results import new_results
-from shivelight.evaluation.standard import BASELINE_KEEPS, block_points, standard_points, with_fewer_steps
+from shivelight.evaluation.standard import (
+    BASELINE_KEEPS,
+    adapter_points,
+    references,
+    token_points,
+    with_fewer_steps,
+)
 from shivelight.training.data import load_image, read_folder
 
 
@@ -26,16 +32,26 @@ def evaluate(
     finetuned: Annotated[
         str | None, typer.Option(help="Folder of a dense-finetuned adapter; the embedded one by default.")
     ] = None,
-    reusing: Annotated[
-        str | None,
-        typer.Option(help="Folder of a token adapter that was trained with reuse; the embedded one by default."),
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder of a further adapter for the same table; repeat the option. The embedded ones by default."
+        ),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of captioned images to judge against; the embedded test set by default.")
     ] = None,
-    keep: Annotated[list[float] | None, typer.Option(help="Budgets of token routing; repeat the option.")] = None,
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Budgets of token routing: mean keep ratios, of adapters without block routing; repeat the option."
+        ),
+    ] = None,
     compute: Annotated[
-        list[float] | None, typer.Option(help="Budgets of an adapter with block routing: shares of the dense FLOPs.")
+        list[float] | None,
+        typer.Option(
+            help="Budgets of every adapter, and of routing without training: shares of the dense FLOPs; repeat it."
+        ),
     ] = None,
     count: Annotated[int, typer.Option(min=2, help="Captions.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the dense reference.")] = embedded.STEPS,
@@ -67,22 +83,12 @@ def evaluate(
     sl.load_adapter(pipe, adapter or embedded.ADAPTER)
     setting = Setting(steps, guidance, seed, batch, common.call_options(pipe, pipeline))
     comparison = Comparison(pipe, setting)
-    captions, references = judged_on(images, count, pipe)
+    captions, real = judged_on(images, count, pipe)
     other = finetuned or (str(embedded.FINETUNED) if pipeline is None and embedded.FINETUNED.is_dir() else None)
-    second = reusing or (str(embedded.REUSING) if pipeline is None and embedded.REUSING.is_dir() else None)
-    weights = None if other is None else read_deltas(pipe, other)
-    blocks = comparison.routed.config.blocks is not None
-    if blocks and keep:
-        raise typer.BadParameter("This adapter routes blocks: bound it by --compute.", param_hint="--keep")
-    if compute and not blocks:
-        raise typer.BadParameter("This adapter routes no blocks: bound it by --keep.", param_hint="--compute")
-    if blocks:
-        points = block_points(comparison, compute or [0.7, 0.5, 0.35], weights, baselines)
-    else:
-        points = standard_points(
-            comparison, keep or [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], weights, BASELINE_KEEPS if baselines else (),
-            None if second is None else read_adapter(pipe, second),
-        )  # fmt: skip
+    points = references(comparison, None if other is None else read_deltas(pipe, other))
+    shipped = embedded.OTHERS if pipeline is None and adapter is None else ()
+    others = [read_adapter(pipe, folder) for folder in also or shipped]
+    points += budgeted_points(comparison, others, keep or [], compute or [], baselines)
     with common.progress_bar("calibrating fewer steps", 1) as advance:
         points = with_fewer_steps(comparison, points, apart=2)
         advance()
@@ -94,7 +100,7 @@ def evaluate(
             pictures[point.name] = comparison.pictures(point, captions, advance)
     network: Any = None if features == "none" else feature_network(features).to(device)
     with common.progress_bar("judging", len(points)) as advance:
-        rows = comparison.rows(points, timings, pictures, references, network, advance)
+        rows = comparison.rows(points, timings, pictures, real, network, advance)
     results = new_results(
         seed=seed, device=device, backbone=describe(pipe), split="test" if images is None else str(images),
         **({} if network is None else {"feature_network": network.name}),
@@ -104,6 +110,33 @@ def evaluate(
         rows, f"{len(captions)} captions, {steps} steps, guidance {guidance:g}, one sample timed, {rounds} rounds"
     )
     common.save_json(json, results)
+
+
+def budgeted_points(
+    comparison: Comparison, others: list[Adapter], keeps: list[float], computes: list[float], baselines: bool
+) -> list[OperatingPoint]:
+    """All adapters at all budgets, and routing without training; without a budget, the usual ones."""
+    blocks = comparison.routed.config.blocks is not None
+    if keeps and blocks:
+        raise typer.BadParameter("This adapter routes blocks: bound it by --compute.", param_hint="--keep")
+    if not keeps and not computes:
+        keeps = [] if blocks else [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+        computes = [0.7, 0.5, 0.35] if blocks or any(routed.config.blocks is not None for routed, _ in others) else []
+    points = []
+    if not blocks:
+        points += token_points(comparison, keeps, BASELINE_KEEPS if baselines else ())
+        points += [
+            point
+            for keep in keeps
+            for other in others
+            if other[0].config.blocks is None
+            for point in adapter_points(comparison, other, keep=keep)
+        ]
+    for compute in computes:
+        for adapter in (None, *others):
+            points += adapter_points(comparison, adapter, baselines, compute=compute)
+        points += [comparison.training_free(axis, compute=compute) for axis in ("tokens", "blocks")]
+    return points
 
 
 def judged_on(images: Path | None, count: int, pipe: Any) -> tuple[list[str], torch.Tensor]:

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from shivelight.adapter import backbone_of, install, planned_ratio, routed_of, set_budget
-from shivelight.config import Reuse
+from shivelight.adapter import backbone_of, install, planned_ratio, prepare, routed_of, set_budget
+from shivelight.config import RoutingConfig
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.distribution import fd, kid
 from shivelight.evaluation.features import extract_features
@@ -28,6 +28,8 @@ from shivelight.execution.routed import Routed
 
 Progress = Callable[[str], None]
 Variant = dict[str, Any]
+# Routers and deltas of one backbone, as `adapter_files.read_adapter` returns them.
+Adapter = tuple[Routed, dict[str, Delta]]
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Comparison:
     def __init__(self, pipe: Any, setting: Setting) -> None:
         self.pipe, self.setting = pipe, setting
         self.backbone = backbone_of(pipe)
+        self._free: dict[str, Adapter] = {}
         routed_of(pipe)
 
     @property
@@ -124,9 +127,11 @@ class Comparison:
         """Token routing as it was trained."""
         return self.routed_point("tokens", keep=keep)
 
-    def other_adapter(self, method: str, routed: Routed, deltas: dict[str, Delta], keep: float) -> OperatingPoint:
-        """Another adapter of the same backbone (from `adapter_files.read_adapter`) at a budget."""
-        point = self.routed_point(method, keep=keep)
+    def on(self, adapter: Adapter | None, point: OperatingPoint) -> OperatingPoint:
+        """The point on another adapter of the same backbone, in the place of the one that is attached; None is that one."""
+        if adapter is None:
+            return point
+        routed, deltas = adapter
 
         @contextmanager
         def state() -> Iterator[None]:
@@ -143,24 +148,13 @@ class Comparison:
 
         return replace(point, state=state)
 
-    def training_free(self, keep: float) -> OperatingPoint:
-        """`RoutingConfig.training_free` on the backbone's own weights, whatever adapter is attached."""
-        variant = {"scores": "drift", "ratios": "fixed", "reuse": Reuse()}
-        point = self.routed_point("training-free", keep=keep, variant=variant)
-
-        @contextmanager
-        def state() -> Iterator[None]:
-            folded = self.routed.folded
-            with point.state():
-                if folded is not None:
-                    folded.apply(False)
-                try:
-                    yield
-                finally:
-                    if folded is not None:
-                        folded.apply(self.routed.enabled)
-
-        return replace(point, state=state)
+    def training_free(self, axis: Literal["tokens", "blocks", "both"] = "tokens", **budget: float) -> OperatingPoint:
+        """`RoutingConfig.training_free` on the backbone's own weights, whatever adapter is attached; of tokens
+        "training-free", else "training-free-blocks" or "training-free-both"."""
+        if axis not in self._free:
+            self._free[axis] = prepare(self.pipe, RoutingConfig.training_free(compute=1.0, axis=axis)), {}
+        name = "training-free" if axis == "tokens" else f"training-free-{axis}"
+        return self.on(self._free[axis], self.routed_point(name, cap=False, variant=None, **budget))
 
     def finetuned(self, weights: FoldedWeights) -> OperatingPoint:
         """The dense model with other deltas: the same training without routing."""

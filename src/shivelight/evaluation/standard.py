@@ -1,40 +1,36 @@
-"""The standard tables: dense, dense fine-tuned, routing of tokens and blocks, baselines, and fewer steps."""
+"""The standard tables: dense, dense fine-tuned, adapters of tokens and blocks, baselines, and fewer steps."""
 
 import math
 from collections.abc import Sequence
 
-from shivelight.config import Reuse
-from shivelight.evaluation.comparison import Comparison, OperatingPoint, Variant
-from shivelight.execution.folding import Delta, FoldedWeights
-from shivelight.execution.routed import Routed
+from shivelight.config import Reuse, RoutingConfig
+from shivelight.evaluation.comparison import Adapter, Comparison, OperatingPoint, Variant
+from shivelight.execution.folding import FoldedWeights
 
 BASELINE_KEEPS = (0.8, 0.6, 0.5)
 
 
-def standard_points(
-    comparison: Comparison,
-    keeps: Sequence[float],
-    finetuned: FoldedWeights | None,
-    baseline_keeps: Sequence[float] = BASELINE_KEEPS,
-    reusing: tuple[Routed, dict[str, Delta]] | None = None,
+def references(comparison: Comparison, finetuned: FoldedWeights | None) -> list[OperatingPoint]:
+    """What everything is compared with: dense first, then dense fine-tuned where there is one."""
+    return [comparison.dense()] + ([] if finetuned is None else [comparison.finetuned(finetuned)])
+
+
+def token_points(
+    comparison: Comparison, keeps: Sequence[float], baseline_keeps: Sequence[float] = BASELINE_KEEPS
 ) -> list[OperatingPoint]:
-    """Dense first, then every budget; fewer steps are added by `with_fewer_steps`, once latencies are known.
+    """The attached adapter of token routing at its keep ratios, its baselines, and routing without training.
 
     The baselines may spend as many planned FLOPs as routing does (attention is quadratic, so equal keep ratios would not be
     equal cost). They run on the tuned weights of the adapter, which were trained for the learned router: that favours them
-    over the same baselines on the backbone's own weights. `reusing` is a second adapter, trained with reuse.
+    over the same baselines on the backbone's own weights.
     """
-    points = [comparison.dense()]
-    if finetuned is not None:
-        points.append(comparison.finetuned(finetuned))
+    points = []
     for keep in keeps:
         points.append(comparison.tokens(keep))
         if keep in baseline_keeps:
-            if reusing is not None:
-                points.append(comparison.other_adapter("tokens+reuse", *reusing, keep=keep))
             plan = math.floor(1e4 * (comparison.planned(comparison.tokens(keep)) or 1.0)) / 1e4
             points += [
-                comparison.training_free(keep),
+                comparison.training_free(keep=keep),
                 comparison.routed_point("fixed", compute=plan, variant={"ratios": "fixed"}),
                 comparison.routed_point("random", compute=plan, variant={"ratios": "fixed", "scores": "random"}),
                 comparison.routed_point("norm", compute=plan, variant={"ratios": "fixed", "scores": "norm"}),
@@ -42,32 +38,41 @@ def standard_points(
     return points
 
 
-def block_points(
-    comparison: Comparison, computes: Sequence[float], finetuned: FoldedWeights | None, ablations: bool = True
+def adapter_points(
+    comparison: Comparison, adapter: Adapter | None, ablations: bool = True, **budget: float
 ) -> list[OperatingPoint]:
-    """Dense first, then an adapter with block routing at every share of the dense FLOPs, with and without reuse.
+    """An adapter at a budget, with and without reuse: block routers can do either, tokens do as they were trained.
 
-    With `ablations` also its other ways to decide ("static" is the same mean cost without adaptation to the sample, "step"
-    decides by the step before) and the hard cap.
+    Args:
+        comparison: of the backbone.
+        adapter: another one than the attached one, or None for that one.
+        ablations: of block routers also their other ways to decide ("static" is the same mean cost without adaptation to the
+            sample, "step" decides by the step before) and the hard cap.
+        budget: keep= or compute=, as for `set_budget`.
     """
-    name = "tokens+blocks" if comparison.routed.config.tokens is not None else "blocks"
-    points = [comparison.dense()]
-    if finetuned is not None:
-        points.append(comparison.finetuned(finetuned))
-    config = comparison.routed.config
-    needs_reuse = (config.tokens is not None and config.tokens.sees_drift) or comparison.routed.gates is None
-    without: Variant = {"reuse": config.reuse if needs_reuse else None}
-    for compute in computes:
-        if not needs_reuse:
-            points.append(comparison.routed_point(name, compute=compute, variant=without))
-        reuse = {"reuse": config.reuse or Reuse()}
-        points.append(comparison.routed_point(f"{name}+reuse", compute=compute, variant=reuse))
-        if ablations and comparison.routed.gates is not None:
-            for decide in ("static", "step"):
-                blocks = {"blocks": {"decide": decide}}
-                points.append(comparison.routed_point(f"{name}-{decide}", compute=compute, variant=without | blocks))
-            points.append(comparison.routed_point(f"{name}-cap", compute=compute, cap=True, variant=without))
+    routed = comparison.routed if adapter is None else adapter[0]
+    config, name = routed.config, method_name(routed.config)
+
+    def point(method: str, cap: bool = False, **variant: object) -> OperatingPoint:
+        return comparison.on(adapter, comparison.routed_point(method, cap=cap, variant=variant, **budget))
+
+    if routed.gates is None or "keep" in budget:
+        return [point(f"{name}+reuse" if config.reuse is not None else name)]
+    sees_drift = config.tokens is not None and config.tokens.sees_drift
+    without: Variant = {"reuse": config.reuse if sees_drift else None}
+    points = [] if sees_drift else [point(name, **without)]
+    points.append(point(f"{name}+reuse", reuse=config.reuse or Reuse()))
+    if ablations:
+        for decide in ("static", "step"):
+            points.append(point(f"{name}-{decide}", **without, blocks={"decide": decide}))
+        points.append(point(f"{name}-cap", cap=True, **without))
     return points
+
+
+def method_name(config: RoutingConfig) -> str:
+    """What an adapter is called in results.json, but for reuse."""
+    axes = {"tokens": config.tokens, "blocks": config.blocks}
+    return "+".join(axis for axis, settings in axes.items() if settings is not None)
 
 
 def with_fewer_steps(comparison: Comparison, points: Sequence[OperatingPoint], apart: int = 1) -> list[OperatingPoint]:

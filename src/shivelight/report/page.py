@@ -27,7 +27,8 @@ class ReportFigures:
     grids: method -> its images, one for each caption, in the same order for every method; the dense model first.
     captions: the prompts of the grids. schedule: keep ratios [steps, blocks]. schedule_blocks: the blocks' own numbers.
     token_maps: (image, kept [steps, blocks, H, W] bool), or several of them. losses: one dict for each logged training
-    step, with "step", losses ("loss", "loss_distillation", ...) and "mean_keep".
+    step, with "step", losses ("loss", "loss_distillation", ...) and "mean_keep". block_maps: (title, share of each routed
+    block's dense FLOPs that ran [steps, blocks]), in the order of `schedule_blocks`.
     """
 
     grids: dict[str, list[Image.Image]] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class ReportFigures:
     schedule_blocks: list[int] | None = None
     token_maps: tuple[Image.Image, np.ndarray] | list[tuple[Image.Image, np.ndarray]] | None = None
     losses: list[dict[str, Any]] = field(default_factory=list)
+    block_maps: list[tuple[str, np.ndarray]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def build_report(
         examples=_examples(figures),
         schedule=_schedule(figures),
         token_maps=_token_maps(figures),
+        block_maps=_block_maps(figures),
         training=_training(figures),
         any_distance=any(key in row for result in results for row in result["rows"] for key in ("kid", "fd")),
     )
@@ -87,6 +90,9 @@ def _check(figures: ReportFigures) -> None:
             raise DataError(f"token maps must be [steps, blocks, H, W], not {np.shape(kept)}")
     if figures.schedule is not None and np.ndim(figures.schedule) != 2:
         raise DataError(f"the schedule must be keep ratios [steps, blocks], not of shape {np.shape(figures.schedule)}")
+    for title, shares in figures.block_maps:
+        if np.ndim(shares) != 2:
+            raise DataError(f"the block map {title!r} must be shares [steps, blocks], not of shape {np.shape(shares)}")
 
 
 def _as_list(maps: Any) -> list[tuple[Image.Image, np.ndarray]]:
@@ -169,6 +175,16 @@ def _token_maps(figures: ReportFigures) -> list[Plot]:
         )
         for image, kept in _as_list(figures.token_maps)
     ]
+
+
+def _block_maps(figures: ReportFigures) -> list[Plot]:
+    made = []
+    for title, shares in figures.block_maps:
+        ratios = np.asarray(shares, dtype=float)
+        caption = f"{title}: {ratios.mean():.3f} of the routed blocks on average. Above it, the mean over the blocks."
+        figure = plots.schedule_heat_map(ratios, figures.schedule_blocks, "share of the dense block that ran")
+        made.append(Plot(svg_uri(figure), caption, "Heat map of what ran, block by step. " + caption))
+    return made
 
 
 def _training(figures: ReportFigures) -> Plot | None:

@@ -172,8 +172,10 @@ def speedup_against_plan(results: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def schedule_heat_map(schedule: np.ndarray, blocks: Sequence[int] | None = None) -> Figure:
-    """Keep ratios [steps, blocks] as a heat map, block by step, on the whole scale from 0 to 1."""
+def schedule_heat_map(
+    schedule: np.ndarray, blocks: Sequence[int] | None = None, meaning: str = "share of tokens that the block runs"
+) -> Figure:
+    """Shares [steps, blocks] as a heat map, block by step, on the whole scale from 0 to 1; `meaning` names the scale."""
     ratios = np.asarray(schedule, dtype=float)
     steps, count = ratios.shape
     names = list(blocks) if blocks is not None else list(range(1, count + 1))
@@ -201,7 +203,7 @@ def schedule_heat_map(schedule: np.ndarray, blocks: Sequence[int] | None = None)
         axes.grid(which="minor", color="white", linewidth=0.7)
         axes.tick_params(which="minor", length=0)
     bar = figure.colorbar(image, ax=[top, axes], shrink=0.85, pad=0.015)
-    bar.set_label("share of tokens that the block runs", fontsize=9, color=INK)
+    bar.set_label(meaning, fontsize=9, color=INK)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=INK, labelsize=9)
     return figure

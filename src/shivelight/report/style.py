@@ -38,6 +38,8 @@ KNOWN = {
     "blocks": MethodStyle(GREEN, "^"),
     "tokens+blocks": MethodStyle(PURPLE, "D"),
     "training-free": MethodStyle(VERMILION, "h"),
+    "training-free-blocks": MethodStyle(VERMILION, "p"),
+    "training-free-both": MethodStyle(VERMILION, "d"),
     "fixed": MethodStyle(SKY, "v"),
     "norm": MethodStyle(ORANGE, "<"),
     "random": MethodStyle(GREY, "X"),
@@ -48,7 +50,7 @@ OTHERS = (
     MethodStyle(ORANGE, "p"),
     MethodStyle(PURPLE, "8"),
 )
-OURS = ("tokens", "blocks", "tokens+blocks", "training-free")
+OURS = ("tokens", "blocks", "tokens+blocks", "training-free", "training-free-blocks", "training-free-both")
 
 
 def base_method(method: str) -> str:
