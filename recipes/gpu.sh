@@ -39,7 +39,7 @@ adapters)
     work=$(mktemp -d)
     steps=${STEPS:-2000}
     python3 recipes/train_adapters.py --router-steps $((steps / 8)) --policy-steps $((steps / 8)) \
-        --joint-steps $((steps * 3 / 4)) --pictures "${PICTURES:-8000}" --work "$work" --out "$work/adapters" 2>&1 |
+        --joint-steps $((steps * 3 / 4)) --groups 2 --pictures "${PICTURES:-8000}" --work "$work" --out "$work/adapters" 2>&1 |
         tee "$OUT/adapters.log"
     tar -C "$work" -cf "$OUT/adapters.tar" adapters
     ;;

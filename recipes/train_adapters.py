@@ -61,9 +61,10 @@ def main() -> None:
     parser.add_argument("--router-steps", type=int, default=100)
     parser.add_argument("--policy-steps", type=int, default=100)
     parser.add_argument("--joint-steps", type=int, default=600)
-    parser.add_argument("--group-size", type=int, default=8, help="samples of each of the two micro-batches of a step")
+    parser.add_argument("--groups", type=int, default=1, help="micro-batches of a step, each with its own timestep")
+    parser.add_argument("--group-size", type=int, default=8, help="samples of each micro-batch")
     parser.add_argument("--pictures", type=int, default=4000)
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=6, help="of the DoRA deltas")
     parser.add_argument("--pipeline", type=Path, default=embedded.PIPELINE)
     parser.add_argument("--work", type=Path, default=Path("build/adapters"))
     parser.add_argument("--out", type=Path, default=embedded.ADAPTER.parent)
@@ -82,9 +83,9 @@ def main() -> None:
         router_steps=args.router_steps,
         policy_steps=args.policy_steps,
         joint_steps=args.joint_steps,
-        groups=2,
+        groups=args.groups,
         group_size=args.group_size,
-        checkpoint_every=50,
+        checkpoint_every=100,
         gate_target=args.gate_target,
         width_target=args.width_target,
     )

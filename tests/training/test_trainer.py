@@ -344,3 +344,22 @@ def test_two_processes_agree_on_budget_average_and_weights(tiny_folder: Path, im
     assert first["history"] == second["history"] and len(first["history"]) == 4, "what is logged is the mean"
     for mine, other in zip(first["drawn"], second["drawn"], strict=True):
         assert mine[0] != other[0], "timesteps, ratios and noise are each process's own"
+
+
+def test_deltas_run_only_where_they_train(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer()
+    layer = next(iter(trainer.deltas.layers.values()))
+    seen: list[bool] = []
+    layer.register_forward_pre_hook(lambda module, _: seen.append(module.disable_adapters))
+    expected = {"router": {True}, "policy": {True}, "joint": {True, False}}  # the teacher's passes are without
+    for stage, values in expected.items():
+        for _ in range(2):
+            assert trainer.config.stage(trainer.step)[0] == stage
+            seen.clear()
+            trainer.train_step()
+            assert set(seen) == values
+    with trainer.deltas.disabled():
+        with trainer.deltas.disabled():
+            assert layer.disable_adapters
+        assert layer.disable_adapters
+    assert not layer.disable_adapters

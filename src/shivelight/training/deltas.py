@@ -57,15 +57,16 @@ class LiveDeltas:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The backbone's own weights, for the teacher."""
+        """The backbone's own weights, for the teacher; may be nested."""
         # peft's switch also turns gradients off and on; which deltas train is the stage's choice.
         trained = [(parameter, parameter.requires_grad) for _, parameter in self.named_parameters()]
-        for layer in self.layers.values():
+        switched = [layer for layer in self.layers.values() if not layer.disable_adapters]
+        for layer in switched:
             layer.enable_adapters(False)
         try:
             yield
         finally:
-            for layer in self.layers.values():
+            for layer in switched:
                 layer.enable_adapters(True)
             for parameter, wanted in trained:
                 parameter.requires_grad_(wanted)

@@ -182,12 +182,15 @@ class Trainer:
         self.routed.train()
         totals: dict[str, float] = {}
         for draw in self._draws():
+            # Fresh deltas change nothing, so until they train nothing is spent on them.
+            untouched = nullcontext() if stage == "joint" else self._deltas_off()
             try:
-                losses = self._micro_batch(stage, draw)
-                loss = losses.pop("total")
-                self._refuse_broken(stage, loss, losses)
-                if loss.requires_grad:
-                    self.accelerator.backward(loss / config.groups)
+                with untouched:
+                    losses = self._micro_batch(stage, draw)
+                    loss = losses.pop("total")
+                    self._refuse_broken(stage, loss, losses)
+                    if loss.requires_grad:
+                        self.accelerator.backward(loss / config.groups)
             finally:  # only now: gradient checkpointing runs the blocks once more in the backward pass
                 self.routed.session = self.routed.gate_session = None
             for name, value in ({"loss": loss} | losses).items():
