@@ -49,8 +49,8 @@ def quiet_libraries() -> None:
 def keep_freed_memory() -> None:
     """On a CPU under glibc, keep what tensors free for the next ones, instead of giving it back to the system.
 
-    Shapes that change from block to block make the allocator map and unmap pages all the time: that costs routed runs a
-    tenth of their time, and dense ones a few percent.
+    Shapes that change from block to block make the allocator map and unmap pages all the time, which slows routed runs more
+    than dense ones.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
