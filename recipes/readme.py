@@ -35,7 +35,11 @@ COLUMNS = {
     "PSNR dB": ("psnr_to_dense", "{:.1f}", 1),
     "SSIM": ("ssim_to_dense", "{:.3f}", 1),
     "KID x1000": ("kid", "{:.1f}", 1000),
+    "KID less fine-tuned's": ("kid_to_finetuned", "{:+.1f}", 1000),
     "FD": ("fd", "{:.0f}", 1),
+    "realised": ("realised", "{:.3f}", 1),
+    "share of the block": ("share", "{:.2%}", 1),
+    "of its weights": ("share_of_parameters", "{:.2%}", 1),
 }
 
 
@@ -56,7 +60,7 @@ def table(path: Path) -> str:
         cells = [text(row) for text in heads.values()]
         for key, pattern, scale in columns.values():
             cell = pattern.format(row[key] * scale) if key in row else ""
-            if cell and key in ("speedup", "psnr_to_dense", "kid") and key in row.get("ci95", {}):
+            if cell and key in ("speedup", "psnr_to_dense", "kid", "kid_to_finetuned") and key in row.get("ci95", {}):
                 cell += " ({} to {})".format(*(pattern.format(bound * scale) for bound in row["ci95"][key]))
             cells.append(cell)
         lines.append("| " + " | ".join(cells) + " |")

@@ -4,7 +4,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
 from shivelight.errors import DataError
-from shivelight.evaluation.distribution import fd, frechet_distance, kid, squared_mmd
+from shivelight.evaluation.distribution import fd, frechet_distance, kid, kid_difference, squared_mmd
 
 
 def gaussian(count: int, width: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:
@@ -95,3 +95,16 @@ def test_bad_features_are_named():
     broken[3, 1] = float("nan")
     with pytest.raises(DataError, match="generated images gave features that are not finite"):
         fd(gaussian(50, 8, 1), broken)
+
+
+def test_a_paired_difference_is_the_difference_and_knows_more_than_either():
+    real, baseline = gaussian(60, 6, 1), gaussian(60, 6, 2, 0.5)
+    nearer = baseline - 0.1
+    estimate = kid_difference(real, nearer, baseline)
+    assert estimate.value == pytest.approx(kid(real, nearer).value - kid(real, baseline).value, rel=1e-6)
+    assert estimate.high < 0.0
+    assert estimate.high - estimate.low < 0.5 * (kid(real, nearer).high - kid(real, nearer).low)
+    same = kid_difference(real, baseline, baseline)
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    with pytest.raises(DataError, match="as many pictures"):
+        kid_difference(real, nearer[:50], baseline)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shivelight.adapter import backbone_of, install, planned_ratio, prepare, routed_of, set_budget
 from shivelight.config import RoutingConfig
 from shivelight.errors import ShivelightError
-from shivelight.evaluation.distribution import fd, kid
+from shivelight.evaluation.distribution import fd, kid, kid_difference
 from shivelight.evaluation.features import extract_features
 from shivelight.evaluation.fidelity import fidelity_to_dense
 from shivelight.evaluation.latency import ModuleClock, Timings, interleave, peak_memory_mb, synchronize
@@ -250,7 +250,7 @@ class Comparison:
         """Rows of results.json; the first point must be the dense reference.
 
         Args:
-            points: in the order of the table.
+            points: in the order of the table; after "dense-finetuned" each row has its paired KID difference to that one.
             timings: from `time`.
             pictures: by the points' names.
             references: real pictures [m, 3, H, W] for KID and FD, or None.
@@ -260,7 +260,7 @@ class Comparison:
         reference = points[0]
         dense_flops = self.counted_flops(reference)
         real = None if references is None or network is None else extract_features(references, network)
-        rows = []
+        rows, tuned = [], None
         for point in points:
             planned = self.planned(point)
             speedup = timings.speedup(point.name, reference.name, inner=True, seed=self.setting.seed)
@@ -283,6 +283,10 @@ class Comparison:
             if real is not None and network is not None:
                 features = extract_features(pictures[point.name], network)
                 figures |= {"kid": kid(real, features), "fd": fd(real, features)}
+                if point.method == "dense-finetuned":
+                    tuned = features
+                elif tuned is not None:
+                    figures["kid_to_finetuned"] = kid_difference(real, features, tuned)
             rows.append(new_row(point.method, point.budget, **figures))
             if progress is not None:
                 progress(point.name)

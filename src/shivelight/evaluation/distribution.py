@@ -63,6 +63,25 @@ def kid(real: Tensor, generated: Tensor, seed: int = 0) -> Estimate:
     return jackknife_two_samples(value, squared_mmd(real, generated), len(real), len(generated), seed)
 
 
+def kid_difference(real: Tensor, generated: Tensor, baseline: Tensor, seed: int = 0) -> Estimate:
+    """KID of `generated` less KID of `baseline`, paired: both [n, d] are of the same captions and seeds, in one order, and
+    the interval leaves the same ones out of both. Below 0 is nearer to the data than the baseline.
+    """
+    _check(real, generated)
+    _check(real, baseline)
+    if len(generated) != len(baseline):
+        raise DataError(
+            f"a paired difference needs as many pictures of either, got {len(generated)} and {len(baseline)}"
+        )
+    ours, theirs = squared_mmd(real, generated), squared_mmd(real, baseline)
+
+    def difference(x: Tensor, y: Tensor) -> float:
+        return ours(x, y) - theirs(x, y)
+
+    value = difference(torch.arange(len(real)), torch.arange(len(generated)))
+    return jackknife_two_samples(value, difference, len(real), len(generated), seed)
+
+
 def squared_mmd(real: Tensor, generated: Tensor) -> Callable[[Tensor, Tensor], float]:
     """The unbiased estimate as a function of the indices kept of either set; kernels are computed once."""
     within_real = poly_kernel(real.double(), real.double()).fill_diagonal_(0)

@@ -24,7 +24,9 @@ SCHEMA = 1
 REQUIRED = {"schema": int, "command": str, "commit": str, "machine": dict, "seed": int, "backbone": dict, "rows": list}
 ROW_REQUIRED = {"method": str, "budget": dict}
 # Figures that a row may have; each is a finite number. The second set cannot be 0 when it was measured.
-FIGURES = frozenset({"psnr_to_dense", "ssim_to_dense", "kid", "fd", "caption_agreement", "guidance"})
+FIGURES = frozenset(
+    {"psnr_to_dense", "ssim_to_dense", "kid", "fd", "kid_to_finetuned", "caption_agreement", "guidance"}
+)
 POSITIVE_FIGURES = frozenset(
     {
         "planned_ratio",
