@@ -60,6 +60,17 @@ def test_the_shipped_adapter_routes_and_the_baseline_only_tunes(shipped) -> None
     assert torch.equal(draw(shipped), dense)
 
 
+@pytest.mark.parametrize("folder", embedded.OTHERS, ids=lambda folder: folder.name)
+def test_the_other_shipped_adapters_meet_a_budget(shipped, folder: Path) -> None:  # noqa: ANN001
+    sl.load_adapter(shipped, folder)
+    try:
+        sl.set_budget(shipped, compute=0.75)
+        assert torch.isfinite(draw(shipped)).all()
+        assert 0.5 < routed_of(shipped).spending.ratio < 0.95  # gates are per sample: the budget is met on average
+    finally:
+        sl.detach(shipped)
+
+
 def test_exported_images_are_what_training_reads(tmp_path: Path) -> None:
     folder = export_images(tmp_path / "images", 5)
     found = read_folder(folder)

@@ -68,7 +68,7 @@ def demo(
         budget = {"keep": 0.6} if other[0].config.blocks is None else {"compute": COMPUTE}
         points += adapter_points(comparison, other, ablations=False, **budget)
     points.append(comparison.training_free("blocks", compute=COMPUTE))
-    points = with_fewer_steps(comparison, points, apart=3)
+    points = with_fewer_steps(comparison, points, apart=3, rounds=1)
     with common.progress_bar("timing", len(points) * (rounds + 1)) as advance:
         timings = comparison.time(points, rounds, progress=advance)
     sl.set_budget(pipe, keep=0.6)

@@ -75,14 +75,20 @@ def method_name(config: RoutingConfig) -> str:
     return "+".join(axis for axis, settings in axes.items() if settings is not None)
 
 
-def with_fewer_steps(comparison: Comparison, points: Sequence[OperatingPoint], apart: int = 1) -> list[OperatingPoint]:
+def with_fewer_steps(
+    comparison: Comparison, points: Sequence[OperatingPoint], apart: int = 1, rounds: int = 3
+) -> list[OperatingPoint]:
     """`points`, and dense with as many steps as fit into the time, and into the plan, of each routed one.
 
-    Of step counts that are less than `apart` apart, only the larger stands.
+    Args:
+        comparison: of the points.
+        points: the table so far.
+        apart: of step counts that are less than this apart, only the larger stands.
+        rounds: by which the time of the routed ones is found.
     """
     routed = [point for point in points if point.method.startswith(("tokens", "blocks"))]
     chosen: list[OperatingPoint] = []
-    for point in comparison.fewer_steps(routed):
+    for point in comparison.fewer_steps(routed, rounds):
         if not chosen or chosen[-1].steps - point.steps >= apart:
             chosen.append(point)
     return [*points, *chosen]
