@@ -14,10 +14,6 @@ shipped `blocks` adapter, and what a generation really spent (`realised`, share 
 """
 
 import argparse
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +67,15 @@ def main() -> None:
     results = new_results(device=common.DEFAULT_DEVICE, backbone=describe(pipe), split="validation")
 
     def judge(variant: str, point: OperatingPoint, chosen: list[str] = captions, target: Any = dense) -> None:
-        realised: list[float] = []
-        pictures = comparison.pictures(noting(comparison, point, realised), chosen)
+        pictures = comparison.pictures(point, chosen)
+        realised = comparison.realised[point.name]
         row = new_row(
             point.method, point.budget, variant=variant, steps=point.steps, dtype="bfloat16", samples=len(chosen),
-            guidance=setting.guidance, planned_ratio=comparison.planned(point), realised=realised[0],
+            guidance=setting.guidance, planned_ratio=comparison.planned(point), realised=realised,
             **fidelity_to_dense(pictures, target).estimates(),
         )  # fmt: skip
         results["rows"].append(row)
-        print(
-            f"{variant:>28} {point.name:<36} realised {realised[0]:.3f}  PSNR {row['psnr_to_dense']:.2f} dB", flush=True
-        )
+        print(f"{variant:>28} {point.name:<36} realised {realised:.3f}  PSNR {row['psnr_to_dense']:.2f} dB", flush=True)
 
     for compute in args.compute:
         for decide in ("block", "step", "static"):
@@ -106,19 +100,6 @@ def main() -> None:
             point = comparison.on(at_width(comparison, share, ranked), point)
             judge(f"{'ranked' if ranked else 'own order'}, width {share}", point)
     write_results(args.out, results)
-
-
-def noting(comparison: Comparison, point: OperatingPoint, realised: list[float]) -> OperatingPoint:
-    """The point, which also tells what its last call spent."""
-
-    @contextmanager
-    def state() -> Iterator[None]:
-        with point.state():
-            yield
-            ratio = comparison.routed.spending.ratio
-            realised.append(math.nan if ratio is None else ratio)
-
-    return replace(point, state=state)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@
 
 One SD3 block with random weights, one picture under guidance, timed in turns with the token router (the conditional half is
 scored for both) and with the block router, lean and as E-DiT's authors released it; `share` is of the dense block's time.
-Wanted: below 1% at width 1024 and more. The token router is shared by pairs of blocks, yet runs in each.
+Wanted: below 1% at width 1024 and more. Routers read one sample, the conditional one; ranking, gather and the transfer of a
+gate's decision are not in it (`block_scaling.py` has the former). `share_of_parameters` charges one block with all of a
+router, also with what pairs of blocks or all of them share, so it is an upper bound.
 """
 
 import argparse
@@ -59,7 +61,7 @@ def main() -> None:
                 figures = {"share": timings.latency_ms(name)["median"] / whole, "share_of_parameters": own / weights}
             results["rows"].append(
                 new_row(
-                    name, variant=f"width {width}, {tokens} tokens", batch=2, dtype=args.dtype,
+                    name, variant=f"width {width}, {tokens} tokens", batch=1 if name in routers else 2, dtype=args.dtype,
                     latency_ms=timings.latency_ms(name), **figures,
                 )
             )  # fmt: skip

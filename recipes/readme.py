@@ -35,7 +35,7 @@ COLUMNS = {
     "PSNR dB": ("psnr_to_dense", "{:.1f}", 1),
     "SSIM": ("ssim_to_dense", "{:.3f}", 1),
     "KID x1000": ("kid", "{:.1f}", 1000),
-    "KID less fine-tuned's": ("kid_to_finetuned", "{:+.1f}", 1000),
+    "KID less fine-tuned's, x1000": ("kid_to_finetuned", "{:+.1f}", 1000),
     "FD": ("fd", "{:.0f}", 1),
     "realised": ("realised", "{:.3f}", 1),
     "share of the block": ("share", "{:.2%}", 1),

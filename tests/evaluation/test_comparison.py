@@ -20,7 +20,13 @@ from shivelight.cost import step_flops
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.comparison import Comparison, KeptTokens, OperatingPoint, Setting
 from shivelight.evaluation.latency import Timings, interleave
-from shivelight.evaluation.standard import adapter_points, references, token_points, with_fewer_steps
+from shivelight.evaluation.standard import (
+    adapter_points,
+    references,
+    token_points,
+    training_free_points,
+    with_fewer_steps,
+)
 from shivelight.execution.folding import Delta
 
 STEPS = 3
@@ -166,7 +172,7 @@ def test_fewer_steps_fit_into_the_measured_time_and_into_the_plan(
 
 
 def test_two_points_of_one_name_are_refused(comparison: Comparison) -> None:
-    with pytest.raises(ShivelightError, match="same name"):
+    with pytest.raises(ShivelightError, match="have the name .dense 3 steps."):
         comparison.time([comparison.dense(), comparison.dense()], 3)
 
 
@@ -206,7 +212,16 @@ def test_points_of_block_routers_share_one_adapter_and_leave_no_trace(pipe, toke
     counted = {point.method: comparison.counted_flops(point) / dense for point in points[1:]}
     assert counted[f"{name}-static"] == pytest.approx(planned[f"{name}-static"], abs=0.06)  # embeddings are counted too
     assert counted[f"{name}-cap"] <= 0.66
-    pictures = {point.method: comparison.pictures(point, ["a b", "c d"]) for point in points}
+    assert comparison.realised == {}
+    captions = ["a b", "c d", "e f"]
+    pictures = {point.method: comparison.pictures(point, captions) for point in points}
+    assert points[0].name not in comparison.realised  # dense
+    with points[1].state():  # over all batches, of which the last holds one caption
+        spent = [(comparison.call(captions[first : first + 2], STEPS, first), routed.spending)[1] for first in (0, 2)]
+    whole = sum(part.flops for part in spent) / sum(part.dense for part in spent)
+    assert comparison.realised[points[1].name] == pytest.approx(whole)
+    counted_here = comparison.counted_flops(points[1], captions) / dense
+    assert counted_here == pytest.approx(whole, abs=0.06)
     assert not torch.equal(pictures[name], pictures[f"{name}-static"])
     assert (routed.config, routed.budget, routed.gates.config) == (config, budget, config.blocks)
 
@@ -267,3 +282,25 @@ def test_an_adapter_is_named_after_what_it_routes_and_whether_it_reuses(pipe) ->
         found = adapter_points(comparison, (prepare(pipe, config), {}), ablations=False, compute=0.7)
         assert [point.method for point in found] == names
         assert all(point.budget == {"compute": 0.7} for point in found)
+
+
+def test_every_round_times_another_caption_and_all_methods_the_same(comparison: Comparison) -> None:
+    seen: list[str] = []
+    call = comparison.call
+    comparison.call = lambda captions, steps: (seen.extend(captions), call(captions, steps))[1]  # type: ignore[method-assign]
+    comparison.time([comparison.dense(), comparison.tokens(0.5)], 2, warmup=1, captions=["a", "b"])
+    assert seen == ["a", "a", "b", "b", "a", "a"]
+
+
+def test_an_adapter_without_routing_is_not_one_of_the_adapters(comparison: Comparison) -> None:
+    tuned = prepare(comparison.pipe, sl.RoutingConfig(None, deltas=sl.DeltaConfig(rank=2)))
+    with pytest.raises(ShivelightError, match="--finetuned"):
+        adapter_points(comparison, (tuned, {}), compute=0.7)
+
+
+def test_what_cannot_serve_a_budget_without_training_is_left_out_and_said(comparison: Comparison) -> None:
+    points, reasons = training_free_points(comparison, compute=0.35)
+    assert points == [] and len(reasons) == 2 and "training-free-blocks compute 0.35" in reasons[1]
+    assert "nearest" in reasons[1]
+    points, reasons = training_free_points(comparison, compute=0.9)
+    assert [point.method for point in points] == ["training-free", "training-free-blocks"] and reasons == []

@@ -17,7 +17,6 @@ from shivelight.training.estimators import (
     inclusion,
     perturb,
     soft_rank,
-    straight_through,
 )
 
 
@@ -132,7 +131,7 @@ def test_input_estimator_equals_its_written_out_form() -> None:
     def gradients(written_out: bool) -> tuple[torch.Tensor, ...]:
         leaf_x, leaf_pi = x.clone().requires_grad_(), pi.clone().requires_grad_()
         if written_out:
-            through = straight_through(leaf_pi)
+            through = leaf_pi - leaf_pi.detach()
             scaled = leaf_x * torch.where(kept, 1 + through, 1 - through)[..., None]
         else:
             scaled = apply_input_estimator(leaf_x, leaf_pi, kept)
@@ -154,7 +153,7 @@ def test_residual_estimator_equals_its_written_out_form() -> None:
         out = torch.where(kept[..., None], leaf_x + torch.tanh(leaf_x @ leaf_weight), leaf_x)
         if written_out:
             residual = torch.where(kept[..., None], out - leaf_x, teacher)
-            routed = out + straight_through(leaf_pi)[..., None] * residual
+            routed = out + (leaf_pi - leaf_pi.detach())[..., None] * residual
         else:
             routed = apply_residual_estimator(leaf_x, out, leaf_pi, kept, teacher)
         return torch.autograd.grad((routed * upstream).sum(), leaves)

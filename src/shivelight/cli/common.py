@@ -141,6 +141,7 @@ def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
         "PSNR",
         "SSIM",
         "KID x1000",
+        "- tuned",
         "FD",
     )
     for head in heads:
@@ -150,7 +151,8 @@ def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
         table.add_row(
             row["method"], budget, str(row["steps"]), _cell(row, "planned_ratio", 3), _cell(row, "speedup", 2, "x"),
             _cell(row, "speedup_end_to_end", 2, "x"), _cell(row, "efficiency", 2), _cell(row, "psnr_to_dense", 1),
-            _cell(row, "ssim_to_dense", 3), _cell(row, "kid", 1, scale=1000), _cell(row, "fd", 1),
+            _cell(row, "ssim_to_dense", 3), _cell(row, "kid", 1, scale=1000), _cell(row, "kid_to_finetuned", 1, scale=1000),
+            _cell(row, "fd", 1),
         )  # fmt: skip
     Console(width=max(console.width, 120)).print(table)
 

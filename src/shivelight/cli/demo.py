@@ -23,7 +23,13 @@ from shivelight.demo.data import EmojiData
 from shivelight.demo.export import export_images
 from shivelight.evaluation.comparison import Comparison, KeptTokens, OperatingPoint, Setting
 from shivelight.evaluation.results import new_results
-from shivelight.evaluation.standard import adapter_points, references, token_points, with_fewer_steps
+from shivelight.evaluation.standard import (
+    adapter_points,
+    planned_compute,
+    references,
+    token_points,
+    with_fewer_steps,
+)
 from shivelight.report import ReportFigures, build_report
 from shivelight.report.style import is_ours
 from shivelight.training.data import build_cache, read_folder
@@ -31,7 +37,6 @@ from shivelight.training.stages import TrainingConfig
 from shivelight.training.trainer import Trainer
 
 KEEPS = (0.8, 0.6, 0.5)
-COMPUTE = 0.6667  # what keep 0.6 comes to
 SHOWN = 8
 
 
@@ -63,20 +68,20 @@ def demo(
     comparison = Comparison(pipe, setting)
     points = references(comparison, read_deltas(pipe, embedded.FINETUNED))
     points += token_points(comparison, KEEPS, (0.6,))
-    others = [read_adapter(pipe, folder) for folder in embedded.OTHERS]
-    for other in others:
-        budget = {"keep": 0.6} if other[0].config.blocks is None else {"compute": COMPUTE}
+    compute = planned_compute(comparison, 0.6)
+    for other in (read_adapter(pipe, folder) for folder in embedded.OTHERS):
+        budget = {"keep": 0.6} if other[0].config.blocks is None else {"compute": compute}
         points += adapter_points(comparison, other, ablations=False, **budget)
-    points.append(comparison.training_free("blocks", compute=COMPUTE))
+    points.append(comparison.training_free("blocks", compute=compute))
     points = with_fewer_steps(comparison, points, apart=3, rounds=1)
     with common.progress_bar("timing", len(points) * (rounds + 1)) as advance:
-        timings = comparison.time(points, rounds, progress=advance)
+        timings = comparison.time(points, rounds, progress=advance, captions=captions)
     sl.set_budget(pipe, keep=0.6)
     common.say(sl.summary(pipe))
     with common.progress_bar("drawing", len(points) * -(-len(captions) // setting.batch)) as advance:
         pictures = {point.name: comparison.pictures(point, captions, advance) for point in points}
     with common.progress_bar("judging", len(points)) as advance:
-        rows = comparison.rows(points, timings, pictures, progress=advance)
+        rows = comparison.rows(points, timings, pictures, progress=advance, captions=captions)
 
     results = new_results(seed=seed, device=device, backbone=describe(pipe), split="test", live_training=live)
     results["rows"] = rows

@@ -21,6 +21,7 @@ from shivelight.evaluation.standard import (
     adapter_points,
     references,
     token_points,
+    training_free_points,
     with_fewer_steps,
 )
 from shivelight.training.data import load_image, read_folder
@@ -93,14 +94,14 @@ def evaluate(
         points = with_fewer_steps(comparison, points, apart=2)
         advance()
     with common.progress_bar("timing", len(points) * (rounds + 1)) as advance:
-        timings = comparison.time(points, rounds, progress=advance)
+        timings = comparison.time(points, rounds, progress=advance, captions=captions)
     pictures = {}
     with common.progress_bar("drawing", len(points) * -(-len(captions) // batch)) as advance:
         for point in points:
             pictures[point.name] = comparison.pictures(point, captions, advance)
     network: Any = None if features == "none" else feature_network(features).to(device)
     with common.progress_bar("judging", len(points)) as advance:
-        rows = comparison.rows(points, timings, pictures, real, network, advance)
+        rows = comparison.rows(points, timings, pictures, real, network, advance, captions)
     results = new_results(
         seed=seed, device=device, backbone=describe(pipe), split="test" if images is None else str(images),
         **({} if network is None else {"feature_network": network.name}),
@@ -135,7 +136,10 @@ def budgeted_points(
     for compute in computes:
         for adapter in (None, *others):
             points += adapter_points(comparison, adapter, baselines, compute=compute)
-        points += [comparison.training_free(axis, compute=compute) for axis in ("tokens", "blocks")]
+        free, reasons = training_free_points(comparison, compute=compute)
+        points += free
+        for reason in reasons:
+            common.say(f"left out: {reason}")
     return points
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import cycle
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,8 @@ from shivelight.execution.folding import Delta, FoldedWeights
 from shivelight.execution.routed import Routed
 
 Progress = Callable[[str], None]
+# For what does not depend on the caption.
+_ANY = "a picture"
 Variant = dict[str, Any]
 # Routers and deltas of one backbone, as `adapter_files.read_adapter` returns them.
 Adapter = tuple[Routed, dict[str, Delta]]
@@ -86,6 +89,8 @@ class Comparison:
         self.pipe, self.setting = pipe, setting
         self.backbone = backbone_of(pipe)
         self._free: dict[str, Adapter] = {}
+        # By the points' names: FLOPs of the blocks over those of the dense ones, of the pictures that were drawn.
+        self.realised: dict[str, float] = {}
         routed_of(pipe)
 
     @property
@@ -183,12 +188,28 @@ class Comparison:
         return [self.dense(steps) for steps in sorted(counts, reverse=True) if 0 < steps < self.setting.steps]
 
     def time(
-        self, points: Sequence[OperatingPoint], rounds: int, warmup: int = 1, progress: Progress | None = None
+        self,
+        points: Sequence[OperatingPoint],
+        rounds: int,
+        warmup: int = 1,
+        progress: Progress | None = None,
+        captions: Sequence[str] = (_ANY,),
     ) -> Timings:
-        """One-sample generations, in turns; the backbone's share is timed inside."""
-        runs = {point.name: partial(self.call, ["a picture"], point.steps) for point in points}
+        """One-sample generations, in turns, each round of another of the captions (gates spend what a sample needs); the
+        backbone's share is timed inside."""
+
+        def runner(steps: int) -> Callable[[], Tensor]:
+            turns = cycle(captions)
+            return lambda: self.call([next(turns)], steps)
+
+        runs = {point.name: runner(point.steps) for point in points}
         if len(runs) != len(points):
-            raise ShivelightError("Two operating points of one comparison have the same name; each may appear once.")
+            names = [point.name for point in points]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ShivelightError(
+                f"Two operating points of one comparison have the name {twice!r}; compare adapters of one kind in runs of "
+                "their own."
+            )
         clock, states = ModuleClock(self.backbone), {point.name: point.state for point in points}
         return interleave(runs, rounds, warmup, synchronize(self.pipe.device), clock, progress, states)
 
@@ -204,23 +225,27 @@ class Comparison:
         return images.float().clamp(0, 1).cpu()
 
     def pictures(self, point: OperatingPoint, captions: Sequence[str], progress: Progress | None = None) -> Tensor:
-        """All captions at one operating point [n, 3, H, W]."""
-        parts = []
+        """All captions at one operating point [n, 3, H, W]; what block routing spent on them is noted in `realised`."""
+        parts, flops, dense = [], 0.0, 0.0
         with point.state():
             for first in range(0, len(captions), self.setting.batch):
                 part = captions[first : first + self.setting.batch]
                 parts.append(self.call(part, point.steps, self.setting.seed + first))
+                if self.routed.enabled and self.routed.config.blocks is not None:
+                    flops, dense = flops + self.routed.spending.flops, dense + self.routed.spending.dense
                 if progress is not None:
                     progress(point.name)
+        if dense:
+            self.realised[point.name] = flops / dense
         return torch.cat(parts)
 
-    def counted_flops(self, point: OperatingPoint) -> int:
-        """FLOPs of the backbone in one generation, counted by torch while it runs (matrix products)."""
+    def counted_flops(self, point: OperatingPoint, captions: Sequence[str] = (_ANY,)) -> float:
+        """FLOPs of the backbone in one generation, counted by torch while it runs (matrix products); the captions' mean."""
         name = type(self.backbone).__name__
         # The fused kernels of a CPU are not counted; the plain form of attention has the same products.
         with point.state(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            self.call(["a picture"], point.steps)
-        return sum(counter.get_flop_counts()[name].values())
+            self.call(captions, point.steps)
+        return sum(counter.get_flop_counts()[name].values()) / len(captions)
 
     def planned(self, point: OperatingPoint) -> float | None:
         """Planned FLOPs of the blocks in one generation over those of the dense reference; None where nothing is known."""
@@ -229,14 +254,14 @@ class Comparison:
         if not self.routed.shape_seen:
             # The length of the text is known once a step has run.
             with self.routed.switched(True):
-                self.call(["a picture"], 1)
+                self.call([_ANY], 1)
         with point.state():
             plan = planned_ratio(self.pipe, point.steps)
             return None if plan is None else plan * point.steps / self.setting.steps
 
     def _peak_memory_mb(self, point: OperatingPoint) -> float | None:
         with point.state():
-            return peak_memory_mb(partial(self.call, ["a picture"], point.steps), self.pipe.device)
+            return peak_memory_mb(partial(self.call, [_ANY], point.steps), self.pipe.device)
 
     def rows(
         self,
@@ -246,6 +271,7 @@ class Comparison:
         references: Tensor | None = None,
         network: torch.nn.Module | None = None,
         progress: Progress | None = None,
+        captions: Sequence[str] = (_ANY,),
     ) -> list[dict[str, Any]]:
         """Rows of results.json; the first point must be the dense reference.
 
@@ -256,6 +282,7 @@ class Comparison:
             references: real pictures [m, 3, H, W] for KID and FD, or None.
             network: feature network for them.
             progress: told each point's name.
+            captions: of the pictures; FLOPs of gates, which spend what a sample needs, are counted on the first four.
         """
         reference = points[0]
         dense_flops = self.counted_flops(reference)
@@ -264,10 +291,12 @@ class Comparison:
         for point in points:
             planned = self.planned(point)
             speedup = timings.speedup(point.name, reference.name, inner=True, seed=self.setting.seed)
+            gated = point.name in self.realised
             figures: dict[str, Any] = {
                 "steps": point.steps, "batch": 1, "guidance": self.setting.guidance,
                 "dtype": str(self.backbone.dtype).removeprefix("torch."), "compiled": False,
-                "flops_ratio": self.counted_flops(point) / dense_flops,
+                "flops_ratio": self.counted_flops(point, captions[:4] if gated else (_ANY,)) / dense_flops,
+                "realised": self.realised.get(point.name),
                 "latency_ms": timings.latency_ms(point.name), "speedup": speedup,
                 "speedup_end_to_end": timings.speedup(point.name, reference.name, seed=self.setting.seed),
                 "peak_memory_mb": self._peak_memory_mb(point),

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from shivelight.config import Reuse, RoutingConfig
+from shivelight.errors import BudgetError, ShivelightError
 from shivelight.evaluation.comparison import Adapter, Comparison, OperatingPoint, Variant
 from shivelight.execution.folding import FoldedWeights
 
@@ -25,17 +26,22 @@ def token_points(
     over the same baselines on the backbone's own weights.
     """
     points = []
+    reuses = "+reuse" if comparison.routed.config.reuse is not None else ""
+    baselines: dict[str, Variant] = {"fixed": {}, "random": {"scores": "random"}, "norm": {"scores": "norm"}}
     for keep in keeps:
-        points.append(comparison.tokens(keep))
+        points += adapter_points(comparison, None, keep=keep)
         if keep in baseline_keeps:
-            plan = math.floor(1e4 * (comparison.planned(comparison.tokens(keep)) or 1.0)) / 1e4
-            points += [
-                comparison.training_free(keep=keep),
-                comparison.routed_point("fixed", compute=plan, variant={"ratios": "fixed"}),
-                comparison.routed_point("random", compute=plan, variant={"ratios": "fixed", "scores": "random"}),
-                comparison.routed_point("norm", compute=plan, variant={"ratios": "fixed", "scores": "norm"}),
-            ]
+            plan = planned_compute(comparison, keep)
+            points.append(comparison.training_free(keep=keep))
+            for name, scores in baselines.items():
+                variant = {"ratios": "fixed"} | scores
+                points.append(comparison.routed_point(name + reuses, compute=plan, variant=variant))
     return points
+
+
+def planned_compute(comparison: Comparison, keep: float) -> float:
+    """The share of the dense FLOPs that the attached adapter plans at a keep ratio, rounded down to four digits."""
+    return math.floor(1e4 * (comparison.planned(comparison.tokens(keep)) or 1.0)) / 1e4
 
 
 def adapter_points(
@@ -51,6 +57,8 @@ def adapter_points(
         budget: keep= or compute=, as for `set_budget`.
     """
     routed = comparison.routed if adapter is None else adapter[0]
+    if not routed.routed:
+        raise ShivelightError("An adapter without routing (dense fine-tuned) stands in the table as --finetuned.")
     config, name = routed.config, method_name(routed.config)
 
     def point(method: str, cap: bool = False, **variant: object) -> OperatingPoint:
@@ -73,6 +81,23 @@ def method_name(config: RoutingConfig) -> str:
     """What an adapter is called in results.json, but for reuse."""
     axes = {"tokens": config.tokens, "blocks": config.blocks}
     return "+".join(axis for axis, settings in axes.items() if settings is not None)
+
+
+def training_free_points(comparison: Comparison, **budget: float) -> tuple[list[OperatingPoint], list[str]]:
+    """Routing without training, of tokens and of blocks, at a budget; and why, where one of them cannot serve it."""
+    points, reasons = [], []
+    for axis in ("tokens", "blocks"):
+        if axis == "tokens" and comparison.routed.spec.no_tokens:
+            reasons.append(f"training-free tokens: {comparison.routed.spec.no_tokens}")
+            continue
+        point = comparison.training_free(axis, **budget)
+        try:
+            comparison.planned(point)
+        except BudgetError as error:  # its first step runs everything, which few steps cannot make up for
+            reasons.append(f"{point.name}: {error}")
+        else:
+            points.append(point)
+    return points, reasons
 
 
 def with_fewer_steps(

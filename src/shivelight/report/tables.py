@@ -31,6 +31,7 @@ def quality_metrics(results: Mapping[str, Any]) -> list[Metric]:
         Metric("psnr_to_dense", "PSNR to dense", "dB", 1, True),
         Metric("ssim_to_dense", "SSIM to dense", "", 3, True),
         Metric("kid", f"KID-{network} x1000", "", 1, False, scale=1000.0),
+        Metric("kid_to_finetuned", f"KID-{network} less dense-finetuned's x1000", "", 1, False, scale=1000.0),
         Metric("fd", f"FD-{network}", "", 1, False),
         Metric("caption_agreement", "Caption agreement", "", 3, True),
     ]

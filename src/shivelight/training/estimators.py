@@ -122,17 +122,12 @@ def perturb(scores: Tensor, sigma: float, generator: torch.Generator | None = No
     return scores + sigma * noise.to(scores.device)
 
 
-def straight_through(pi: Tensor) -> Tensor:
-    """pi - sg(pi): exactly zero in the forward pass, a gradient of one in the backward pass."""
-    return pi - pi.detach()
-
-
 def apply_input_estimator(x: Tensor, pi: Tensor, kept: Tensor) -> Tensor:
     """The paper's estimator, at the block's input: returns x itself, bit for bit, with a gradient to `pi`.
 
-    Means x * (1 + st) where kept and x * (1 - st) where rejected, st = straight_through(pi), without computing the
-    product. Apply it to all tokens, before kept ones are gathered; rejected ones must go on to the block's output.
-    The result is a view of x: do not write into it.
+    Means x * (1 + st) where kept and x * (1 - st) where rejected, st = pi - sg(pi), without computing the product. Apply
+    it to all tokens, before kept ones are gathered; rejected ones must go on to the block's output. The result is a view
+    of x: do not write into it.
 
     Args:
         x: [B, N, D], the block's input.
@@ -162,7 +157,7 @@ class _InputEstimator(torch.autograd.Function):
 def apply_residual_estimator(x: Tensor, out: Tensor, pi: Tensor, kept: Tensor, rejected_residual: Tensor) -> Tensor:
     """The residual estimator, at the block's output: returns `out` itself, bit for bit, with a gradient to `pi`.
 
-    Means out + st * r with st = straight_through(pi), r = out - x where kept and `rejected_residual` elsewhere. No
+    Means out + st * r with st = pi - sg(pi), r = out - x where kept and `rejected_residual` elsewhere. No
     gradient flows through r (its factor is zero). The result is a view of `out`: do not write into it.
 
     Args:

@@ -92,7 +92,9 @@ class Trainer:
             if routing.deltas is not None and config.joint_steps:
                 self.deltas = LiveDeltas(self.backbone, self.routed.spec, routing.deltas, {})
         averaged = ["budget_loss"] + ["gate_loss", "width_loss"] * (routing.blocks is not None)
-        self.averages = {name: BudgetLoss(reduce=self.accelerator.reduce) for name in averaged}
+        self.averages = {
+            name: BudgetLoss(reduce=self.accelerator.reduce).to(self.accelerator.device) for name in averaged
+        }
         scheduler = pipe.scheduler
         shift = getattr(scheduler.config, "shift", 1.0) or 1.0
         self._shift = 1.0 if getattr(scheduler.config, "use_dynamic_shifting", False) else float(shift)
@@ -321,7 +323,8 @@ class Trainer:
         assert gates is not None
         gate = torch.stack([own.gate.detach() for own in gating.logits.values()], dim=1)
         width = torch.stack([own.width.detach() for own in gating.logits.values()], dim=1)
-        gates.records.add(timesteps, gate, width)
+        # Of all processes: the dial is turned by them, and a checkpoint holds those of one process for all.
+        gates.records.add(*(self.accelerator.gather(value.contiguous()) for value in (timesteps, gate, width)))
 
     def _rank_channels(self) -> None:
         """Order the MLPs' hidden channels by what they are worth to the dense model, on a few batches of the data."""
