@@ -21,6 +21,7 @@ from shivelight.demo import pipeline as embedded
 from shivelight.demo.data import EmojiData
 from shivelight.evaluation.comparison import Comparison, Setting
 from shivelight.evaluation.results import read_results
+from shivelight.evaluation.standard import adapter_points, planned_compute
 from shivelight.files import replacing
 from shivelight.report.style import budget_label
 
@@ -78,7 +79,8 @@ def table(path: Path) -> str:
 
 
 def grids() -> None:
-    """32 dense pictures of test captions; and 8 of them dense, with reuse at keep 0.6, and without at 0.8 and 0.6."""
+    """32 dense pictures of test captions; and 8 of them dense, and routed at one plan: blocks and tokens with reuse, and
+    tokens that are dropped."""
     pipe = common.open_pipeline(None, common.DEFAULT_DEVICE, torch.bfloat16)
     sl.load_adapter(pipe, embedded.ADAPTER)
     comparison = Comparison(pipe, Setting(embedded.STEPS, embedded.GUIDANCE, 0, 16, {"max_sequence_length": 16}))
@@ -86,8 +88,11 @@ def grids() -> None:
     folder = ROOT / "docs/images"
     folder.mkdir(parents=True, exist_ok=True)
     paste(comparison.pictures(comparison.dense(), captions), 8).save(folder / "dense-32.png")
-    reusing = comparison.on(read_adapter(pipe, embedded.REUSING), comparison.routed_point("tokens+reuse", keep=0.6))
-    points = [comparison.dense(), reusing, comparison.tokens(0.8), comparison.tokens(0.6)]
+    plan = planned_compute(comparison, 0.6)
+    blocks = adapter_points(comparison, read_adapter(pipe, embedded.BLOCKS), ablations=False, compute=plan)
+    reusing = adapter_points(comparison, read_adapter(pipe, embedded.REUSING), compute=plan)
+    points = [comparison.dense(), blocks[-1], *reusing, comparison.tokens(0.6)]
+    print("grid.png, top to bottom:", ", ".join(point.name for point in points))
     paste(torch.cat([comparison.pictures(point, captions[:8]) for point in points]), 8).save(folder / "grid.png")
 
 
