@@ -146,7 +146,7 @@ def test_both_losses_pull_to_their_targets(make_trainer: MakeTrainer) -> None:
     routing = sl.RoutingConfig(None, sl.BlockRouting())
     settings: dict[str, Any] = {"output_weight": 0.0, "feature_weight": 0.0, "flow_weight": 0.0, "policy_steps": 0}
     trainer = make_trainer(
-        routing=routing, router_steps=60, joint_steps=0, lr_router=1e-2, gate_target=0.3, width_target=0.4, **settings
+        routing=routing, router_steps=60, joint_steps=0, lr_gates=1e-2, gate_target=0.3, width_target=0.4, **settings
     )
     trainer.run()
     records = trainer.routed.gates.records

@@ -56,7 +56,8 @@ def train(
         float, typer.Option(help="Mean probability of running a block (rho_g).")
     ] = _DEFAULT.gate_target,
     width_target: Annotated[float, typer.Option(help="Mean share of its MLP (rho_w).")] = _DEFAULT.width_target,
-    lr_router: Annotated[float, typer.Option(help="Peak learning rate of the routers.")] = _DEFAULT.lr_router,
+    lr_router: Annotated[float, typer.Option(help="Peak learning rate of the token routers.")] = _DEFAULT.lr_router,
+    lr_gates: Annotated[float, typer.Option(help="Peak learning rate of the block routers.")] = _DEFAULT.lr_gates,
     lr_policy: Annotated[float, typer.Option(help="Peak learning rate of the policy.")] = _DEFAULT.lr_policy,
     lr_deltas: Annotated[float, typer.Option(help="Peak learning rate of the deltas.")] = _DEFAULT.lr_deltas,
     flow_weight: Annotated[
@@ -91,7 +92,7 @@ def train(
         router_steps=router_steps if routed else 0,
         policy_steps=policy_steps if tokens and ratios == "policy" else 0,
         joint_steps=joint_steps, groups=groups, group_size=group_size, estimator=estimator, budget=budget, target=target,
-        keep_low=keep_low, keep_high=keep_high, lr_router=lr_router, lr_policy=lr_policy, lr_deltas=lr_deltas,
+        keep_low=keep_low, keep_high=keep_high, lr_router=lr_router, lr_gates=lr_gates, lr_policy=lr_policy, lr_deltas=lr_deltas,
         flow_weight=flow_weight, gate_target=gate_target, width_target=width_target,
         checkpoint_every=checkpoint_every, preview_every=preview_every, seed=seed,
     )  # fmt: skip

@@ -118,7 +118,7 @@ class Trainer:
     def _parameter_groups(self) -> list[dict[str, Any]]:
         rates = {
             "router": self.config.lr_router,
-            "gates": self.config.lr_router,
+            "gates": self.config.lr_gates,
             "policy": self.config.lr_policy,
             "deltas": self.config.lr_deltas,
         }
