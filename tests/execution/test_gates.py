@@ -472,3 +472,22 @@ def test_a_fresh_router_stands_on_its_own_threshold_and_runs(pipe: StableDiffusi
     sl.set_budget(pipe, threshold=0.7)  # where the full-capacity start lies
     walk(pipe, tiny_inputs(1), 2)
     assert routed_of(pipe).spending.actions["skip"] == 0
+
+
+@pytest.mark.parametrize("decide", ["block", "static"])
+def test_the_expectation_is_of_records_made_at_that_dial(pipe: StableDiffusion3Pipeline, decide: Any) -> None:
+    """Routers that open later blocks once earlier ones close: what they say depends on the dial."""
+    routed = gated(pipe, widths=(1.0,), decide=decide)
+    times = torch.linspace(0, 1000, 64)
+    routed.gates.records.clear()
+    for shift, logit in ((-4.0, 6.0), (0.0, 1.0), (4.0, -6.0)):
+        records = torch.full((64, 3), logit)
+        routed.gates.records.add(times, records, torch.zeros(64, 3, 1), torch.full((64,), shift))
+    walk(pipe, tiny_inputs(1), 4)
+    request = routed.request(tuple(pipe.scheduler.timesteps[:4].tolist()), 64, 7, Budget("compute", 0.9))
+    planner = routed.gates._gate_planner(request, Budget("compute", 0.9), [[64] * 3] * 4)
+    whole = float(planner.prices.sum())
+    for shift, share in ((-4.0, 1.0), (0.0, 1.0), (4.0, 0.0)):  # far from each other's records
+        assert float(planner.cost_by_step(shift).sum()) == pytest.approx(share * whole, rel=2e-3, abs=2e-3 * whole)
+    plan = planner.solve(0.5 * whole)
+    assert float(planner.cost_by_step(plan.dial.shift).sum()) <= 0.5 * whole

@@ -42,3 +42,17 @@ def test_a_share_of_the_recorded_gates_opens() -> None:
         for threshold in (0.3, 0.5):
             dial = Dial(threshold, records.shift_to_run(share, threshold))
             assert int((~dial.skips(gate)).sum()) == opened
+
+
+def test_records_remember_when_and_at_which_dial() -> None:
+    records = GateRecords(1, 1, size=8)
+    times = torch.tensor([100.0, 200.0, 800.0, 900.0])
+    records.add(times, times[:, None] / 100, torch.zeros(4, 1, 1), shift=-times / 1000)
+    records.add(torch.tensor([500.0]), torch.zeros(1, 1), torch.zeros(1, 1, 1))
+    gate, width, shift = records.near([150.0, 900.0], share=0.4)  # two of five
+    assert gate.shape == (2, 2, 1) and width.shape == (2, 2, 1, 1)
+    assert sorted(gate[0, :, 0].tolist()) == [1.0, 2.0] and sorted(gate[1, :, 0].tolist()) == [8.0, 9.0]
+    torch.testing.assert_close(shift, -gate[..., 0] / 10)
+    assert records.shift[4] == 0.0
+    records.clear()
+    assert records.filled == 0

@@ -40,8 +40,9 @@ def cache(pipe, images: Path, tmp_path: Path) -> LatentCache:  # noqa: ANN001
 def short() -> TrainingConfig:
     """Two steps of each stage."""
     return TrainingConfig(
-        router_steps=2, policy_steps=2, joint_steps=2, groups=2, group_size=2, warmup=1, checkpoint_every=2
-    )
+        router_steps=2, policy_steps=2, joint_steps=2, groups=2, group_size=2, warmup=1, checkpoint_every=2,
+        calibration_batches=4,
+    )  # fmt: skip
 
 
 @pytest.fixture

@@ -111,7 +111,9 @@ def test_a_short_run_leaves_an_adapter_with_records_and_channel_orders(
     folder = trainer.run()
     assert {"gates", "width", "output"} <= set(trainer.history[-1]) and ("keep" in trainer.history[-1]) == tokens
     gates = trainer.routed.gates
-    assert gates.records.filled == 6 * 2 * 2  # steps x groups x samples
+    records = gates.records
+    assert records.filled == 4 * 2  # of the trained routers: batches x samples
+    assert len(records.shift[:8].unique()) == 4 and len(records.timestep[:8].unique()) == 4
     assert any(not torch.equal(gates.order(block), torch.arange(128)) for block in trainer.routed.routed)
     sl.set_budget(pipe, compute=0.6)
     trained = sample(pipe, ["a b"])
@@ -146,8 +148,9 @@ def test_both_losses_pull_to_their_targets(make_trainer: MakeTrainer) -> None:
     routing = sl.RoutingConfig(None, sl.BlockRouting())
     settings: dict[str, Any] = {"output_weight": 0.0, "feature_weight": 0.0, "flow_weight": 0.0, "policy_steps": 0}
     trainer = make_trainer(
-        routing=routing, router_steps=60, joint_steps=0, lr_gates=1e-2, gate_target=0.3, width_target=0.4, **settings
-    )
+        routing=routing, router_steps=60, joint_steps=0, lr_gates=1e-2, gate_target=0.3, width_target=0.4,
+        calibration_batches=0, **settings,
+    )  # fmt: skip
     trainer.run()
     records = trainer.routed.gates.records
     last = slice(records.filled - 40, records.filled)
@@ -158,7 +161,8 @@ def test_both_losses_pull_to_their_targets(make_trainer: MakeTrainer) -> None:
 
 def test_settings_that_make_no_sense_are_refused(make_trainer: MakeTrainer) -> None:
     for name, value in (
-        ("gate_target", 0.0), ("width_target", 1.2), ("rank_batches", -1), ("gate_low", 0.0), ("gate_high", None),
+        ("gate_target", 0.0), ("width_target", 1.2), ("rank_batches", -1), ("calibration_batches", -1),
+        ("gate_low", 0.0), ("gate_high", None),
     ):  # fmt: skip
         with pytest.raises(sl.TrainingError, match=name):
             make_trainer(**{name: value})

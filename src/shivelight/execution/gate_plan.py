@@ -14,6 +14,8 @@ from shivelight.routing import Dial, GateRecords, width_choice
 
 # sigmoid(30) is 1 to fp32 and trained logits stay far below 30: beyond this shift nothing changes any more.
 _FARTHEST = 60.0
+# Records made at a shift this far off count 1 / e.
+_NEAR = 0.5
 _CAP_STEPS = 81
 
 
@@ -67,11 +69,9 @@ class GatePlanner:
         whole: Sequence[bool],
         tokens: int,
     ) -> None:
-        self.gate, self.width = records.near(steps)
+        self.gate, self.width, self.recorded_at = records.near(steps)
         self.static, self.late, self.threshold, self.reuse = decide == "static", decide == "step", threshold, reuse
         self.all_tokens = torch.tensor([[k == tokens for k in row] for row in kept])  # [T, L]
-        if self.static:
-            self.gate, self.width = self.gate.mean(1, keepdim=True), self.width.mean(1, keepdim=True)
         self.gate, self.width = self.gate.double(), self.width.double()  # as the decisions are taken
         prices = [
             [
@@ -94,21 +94,31 @@ class GatePlanner:
 
     def cost_by_step(self, shift: float) -> Tensor:
         """Expected FLOPs of the routed blocks at each step [T], for one sample."""
-        dial = Dial(self.threshold, shift)
-        chosen = width_choice(dial.moved_widths(self.width))
+        dial, (gate, width, weights) = Dial(self.threshold, shift), self._logits_at(shift)
+        chosen = width_choice(dial.moved_widths(width))
         prices = self.prices[:, None].expand(*chosen.shape, -1).gather(-1, chosen[..., None]).squeeze(-1)
-        costs = (prices * self._runs(dial)).mean(1).sum(-1)
+        costs = (prices * self._runs(gate, dial) * weights[..., None]).sum((1, 2))
         if self.late:  # at the first step nothing is known yet, and everything runs
             costs[0] = self.prices[0, :, -1].sum()
         return costs
 
-    def _runs(self, dial: Dial) -> Tensor:
+    def _logits_at(self, shift: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate logits [T, W, L], width logits [T, W, L, S] and weights [T, W] of the records, the more the nearer to this
+        shift they were made; in static mode their weighted means, W = 1."""
+        weights = torch.softmax(-(self.recorded_at - shift).abs().double() / _NEAR, dim=1)
+        if not self.static:
+            return self.gate, self.width, weights
+        gate = (self.gate * weights[..., None]).sum(1, keepdim=True)
+        width = (self.width * weights[..., None, None]).sum(1, keepdim=True)
+        return gate, width, torch.ones_like(weights[:, :1])
+
+    def _runs(self, gate: Tensor, dial: Dial) -> Tensor:
         """Expected runs [T, W, L] of the blocks at this dial: 1, 0, or between where residuals are reused."""
-        allowed = (~dial.skips(self.gate)).double()
+        allowed = (~dial.skips(gate)).double()
         if self.reuse is None:
             return allowed
         margin, most, first = self.reuse
-        unsure = ~dial.skips(self.gate) & dial.unsure(self.gate, margin)
+        unsure = ~dial.skips(gate) & dial.unsure(gate, margin)
         if not self.static:
             # A block that stays unsure runs once in (most + 1) steps.
             unsure[: max(first, 1)] = False
@@ -124,14 +134,18 @@ class GatePlanner:
 
     def plan(self, shift: float) -> GatePlan:
         """The gates at this shift."""
-        logits = (self.gate[:, 0].tolist(), self.width[:, 0].tolist()) if self.static else None
+        gate, width, _ = self._logits_at(shift)
+        logits = (gate[:, 0].tolist(), width[:, 0].tolist()) if self.static else None
         return GatePlan(Dial(self.threshold, shift), float(self.cost_by_step(shift).sum()), self.steps, logits)
 
     def solve(self, budget: float) -> GatePlan:
         """The largest shift whose expected cost is within `budget` FLOPs of the routed blocks, at least `least`."""
         if budget >= float(self.cost_by_step(_FARTHEST).sum()):
             return self.plan(_FARTHEST)
-        low, high = -_FARTHEST, _FARTHEST
+        # Routers answer to the dial, so the cost need not rise everywhere: the last place of a grid that fits, then halves.
+        grid = [-_FARTHEST, *torch.linspace(-12.0, 12.0, _CAP_STEPS).tolist(), _FARTHEST]
+        fits = [place for place, shift in enumerate(grid) if float(self.cost_by_step(shift).sum()) <= budget]
+        low, high = grid[fits[-1]], grid[fits[-1] + 1]
         for _ in range(60):
             middle = (low + high) / 2
             if float(self.cost_by_step(middle).sum()) <= budget:

@@ -72,7 +72,8 @@ class Dial:
 
 
 class GateRecords(nn.Module):
-    """The routers' logits for the last `size` samples of training, with their timesteps; a ring of plain buffers.
+    """The routers' logits for the last `size` samples of training, with their timesteps and the shift of the dial that those
+    passes ran at (what enters a block depends on which ones before it ran); a ring of plain buffers.
 
     Args:
         blocks: L.
@@ -81,6 +82,7 @@ class GateRecords(nn.Module):
     """
 
     timestep: Tensor
+    shift: Tensor
     gate: Tensor
     width: Tensor
     written: Tensor
@@ -89,6 +91,7 @@ class GateRecords(nn.Module):
         super().__init__()
         self.size = size
         self.register_buffer("timestep", torch.zeros(size))
+        self.register_buffer("shift", torch.zeros(size))
         self.register_buffer("gate", torch.zeros(size, blocks))
         self.register_buffer("width", torch.zeros(size, blocks, widths))
         self.register_buffer("written", torch.zeros((), dtype=torch.int64))
@@ -98,11 +101,17 @@ class GateRecords(nn.Module):
         """How many records there are."""
         return min(int(self.written), self.size)
 
+    def clear(self) -> None:
+        """Forget all records."""
+        self.written.zero_()
+
     @torch.no_grad()
-    def add(self, timesteps: Tensor, gate: Tensor, width: Tensor) -> None:
-        """Write B samples over the oldest: timesteps [B] from 0 to 1000, gate [B, L], width [B, L, S]."""
+    def add(self, timesteps: Tensor, gate: Tensor, width: Tensor, shift: Tensor | None = None) -> None:
+        """Write B samples over the oldest: timesteps [B] from 0 to 1000, gate [B, L], width [B, L, S], all without the shift
+        [B] of their dial; None is 0."""
         places = (self.written + torch.arange(len(timesteps), device=self.written.device)) % self.size
         self.timestep[places] = timesteps.to(self.timestep)
+        self.shift[places] = 0.0 if shift is None else shift.to(self.shift)
         self.gate[places] = gate.to(self.gate)
         self.width[places] = width.to(self.width)
         self.written += len(timesteps)
@@ -117,8 +126,9 @@ class GateRecords(nn.Module):
         beyond = logits[opened] if opened < len(logits) else logits[-1] - 1.0
         return Dial(threshold).low - float((logits[opened - 1] + beyond) / 2)
 
-    def near(self, steps: Sequence[float], share: float = 0.125) -> tuple[Tensor, Tensor]:
-        """The share of the records nearest to each timestep: gate logits [T, W, L], width logits [T, W, L, S], fp32, CPU.
+    def near(self, steps: Sequence[float], share: float = 0.125) -> tuple[Tensor, Tensor, Tensor]:
+        """The share of the records nearest to each timestep: gate logits [T, W, L], width logits [T, W, L, S], shifts
+        [T, W], fp32, CPU.
 
         Raises:
             BudgetError: nothing was recorded.
@@ -135,4 +145,5 @@ class GateRecords(nn.Module):
         nearest = (
             (wanted[:, None] - times).abs().topk(math.ceil(share * filled), dim=1, largest=False, sorted=False).indices
         )
-        return self.gate[:filled].float().cpu()[nearest], self.width[:filled].float().cpu()[nearest]
+        gate, width, shift = (values[:filled].float().cpu()[nearest] for values in (self.gate, self.width, self.shift))
+        return gate, width, shift

@@ -32,6 +32,8 @@ class TrainingConfig:
         gate_weight: weight of both losses on them (lambda; 1 in the paper).
         gate_low, gate_high: range of the share of gates that are open in the joint stage: each micro-batch moves the dial to
             a share drawn from it, so that one adapter serves every budget. Both None is the paper's: the dial never moves.
+        calibration_batches: micro-batches, after the last step, of which the routers' records are made; 0 keeps those of
+            the last steps.
         rank_batches: batches by which the MLPs' channels are ranked before the first step; 0 keeps their own order.
         score_noise: standard deviation of the noise on the scores while routers train alone (stages 1 and 2).
         logit_noise: standard deviation of the noise on the policy's logits (stage 2).
@@ -70,6 +72,7 @@ class TrainingConfig:
     gate_low: float | None = 0.35
     gate_high: float | None = 1.0
     rank_batches: int = 8
+    calibration_batches: int = 64
     score_noise: float = 0.1
     logit_noise: float = 1.0
     rank_temperature: tuple[float, float] = (0.2, 0.05)
@@ -102,7 +105,8 @@ class TrainingConfig:
             (low is None and high is None) or (low is not None and high is not None and 0 < low <= high <= 1),
             f"gate_low is {low} and gate_high {high}; give 0 < gate_low <= gate_high <= 1, or None for both.",
         )
-        _require(self.rank_batches >= 0, f"rank_batches is {self.rank_batches}; give 0 or more.")
+        for name in ("rank_batches", "calibration_batches"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; give 0 or more.")
         _require(0 < self.target < 1, f"target is {self.target}; give a keep ratio in (0, 1).")
         _require(0 <= self.caption_drop < 1, f"caption_drop is {self.caption_drop}; give a share in [0, 1).")
         _require(self.estimator in ("residual", "input"), f"estimator is {self.estimator!r}; residual or input.")

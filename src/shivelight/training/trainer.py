@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,11 @@ from shivelight.training.stages import StageName, TrainingConfig
 
 @dataclass
 class Draw:
-    """What one micro-batch trains on: its own timestep, keep target, share of open gates, samples and generator."""
+    """What one micro-batch trains on: its own timestep, keep target, shift of the gates, samples and generator."""
 
     sigma: float
     keep: float
-    open_gates: float | None
+    shift: float
     indices: list[int]
     dropped: list[bool]
     generator: torch.Generator
@@ -160,7 +160,8 @@ class Trainer:
         return self.finish() if self.step >= self.config.total_steps else self.out
 
     def finish(self) -> Path:
-        """Take the live deltas out, fold them, and write the adapter."""
+        """Calibrate the gates, take the live deltas out, fold them, and write the adapter."""
+        self._calibrate()
         trained = self.deltas.extract() if self.deltas is not None else {}
         if self.deltas is not None:
             self.deltas.remove()
@@ -231,7 +232,7 @@ class Trainer:
             finally:
                 self.routed.observer = None
         cached = self._cached_pass(draw, sample, clean, noise)
-        session, gating = self._token_session(stage, draw, teacher, cached), self._block_session(stage, draw, teacher)
+        session, gating = self._token_session(stage, draw, teacher, cached), self._block_session(draw, teacher)
         self.routed.session, self.routed.gate_session = session, gating
         velocity = self._velocity(noisy, sample, sigmas)
         losses = {"output": F.mse_loss(velocity.float(), wanted.float())}
@@ -307,15 +308,12 @@ class Trainer:
             cached=cached,
         )
 
-    def _block_session(self, stage: StageName, draw: Draw, teacher: TeacherRecord) -> BlockSession | None:
+    def _block_session(self, draw: Draw, teacher: TeacherRecord) -> BlockSession | None:
         gates, blocks = self.routed.gates, self.routed.config.blocks
         if gates is None or blocks is None:
             return None
         orders = {block: gates.order(block) for block in self.routed.routed} if len(blocks.widths) > 1 else {}
-        shift = 0.0
-        if stage == "joint" and draw.open_gates is not None:
-            shift = gates.records.shift_to_run(draw.open_gates, blocks.threshold)
-        return BlockSession(teacher, blocks.widths, orders, Dial(blocks.threshold, shift))
+        return BlockSession(teacher, blocks.widths, orders, Dial(blocks.threshold, draw.shift))
 
     def _record(self, gating: BlockSession, timesteps: Tensor) -> None:
         """Keep the routers' logits: budgets are solved by them."""
@@ -324,7 +322,28 @@ class Trainer:
         gate = torch.stack([own.gate.detach() for own in gating.logits.values()], dim=1)
         width = torch.stack([own.width.detach() for own in gating.logits.values()], dim=1)
         # Of all processes: the dial is turned by them, and a checkpoint holds those of one process for all.
-        gates.records.add(*(self.accelerator.gather(value.contiguous()) for value in (timesteps, gate, width)))
+        shift = torch.full_like(timesteps, gating.dial.shift)
+        gates.records.add(*(self.accelerator.gather(value.contiguous()) for value in (timesteps, gate, width, shift)))
+
+    @torch.no_grad()
+    def _calibrate(self) -> None:
+        """Fill the records with what the trained routers say, at timesteps and budgets spread evenly: those of training were
+        made by routers that still changed."""
+        gates, blocks, config = self.routed.gates, self.routed.config.blocks, self.config
+        if gates is None or blocks is None or not config.calibration_batches:
+            return
+        generator = torch.Generator().manual_seed(_mix(config.seed, config.total_steps, 0))
+        batches = config.calibration_batches
+        sigmas = shift_sigmas(stratified_uniform(batches, generator), self._shift).clamp(min=1e-3)
+        shares = stratified_ratios(batches, config.gate_low or 0.35, config.gate_high or 1.0, generator)
+        shifts = [gates.records.shift_to_run(share, blocks.threshold) for share in shares.tolist()]
+        gates.records.clear()
+        for batch, (sigma, shift) in enumerate(zip(sigmas.tolist(), shifts, strict=True)):
+            draw = self._draws(config.total_steps + batch)[0]
+            try:
+                self._micro_batch("joint", replace(draw, sigma=sigma, shift=shift))
+            finally:
+                self.routed.session = self.routed.gate_session = None
 
     def _rank_channels(self) -> None:
         """Order the MLPs' hidden channels by what they are worth to the dense model, on a few batches of the data."""
@@ -376,16 +395,18 @@ class Trainer:
         # The end of the path (pure data) is no input that sampling ever sees.
         sigmas = shift_sigmas(stratified_uniform(count, shared), self._shift).clamp(min=1e-3)
         keeps = stratified_ratios(count, config.keep_low, config.keep_high, shared)
-        opened: list[float | None] = [None] * count
-        if config.gate_low is not None and config.gate_high is not None:
-            opened = [*stratified_ratios(count, config.gate_low, config.gate_high, shared).tolist()]
+        gates, blocks, shifts = self.routed.gates, self.routed.config.blocks, [0.0] * count
+        joint = config.stage(step)[0] == "joint"
+        if gates is not None and blocks is not None and joint and config.gate_low is not None:
+            shares = stratified_ratios(count, config.gate_low, config.gate_high or 1.0, shared)
+            shifts = [gates.records.shift_to_run(share, blocks.threshold) for share in shares.tolist()]
         draws = []
         for group in range(config.groups):
             place = group * world + accelerator.process_index
             own = torch.Generator().manual_seed(_mix(config.seed, step, 1 + place))
             indices = torch.randint(len(self.cache), (config.group_size,), generator=own).tolist()
             dropped = (torch.rand(config.group_size, generator=own) < config.caption_drop).tolist()
-            draws.append(Draw(float(sigmas[place]), float(keeps[place]), opened[place], indices, dropped, own))
+            draws.append(Draw(float(sigmas[place]), float(keeps[place]), shifts[place], indices, dropped, own))
         return draws
 
     def _velocity(self, noisy: Tensor, sample: Sample, sigmas: Tensor) -> Tensor:
