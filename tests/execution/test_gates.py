@@ -491,3 +491,14 @@ def test_the_expectation_is_of_records_made_at_that_dial(pipe: StableDiffusion3P
         assert float(planner.cost_by_step(shift).sum()) == pytest.approx(share * whole, rel=2e-3, abs=2e-3 * whole)
     plan = planner.solve(0.5 * whole)
     assert float(planner.cost_by_step(plan.dial.shift).sum()) <= 0.5 * whole
+
+
+def test_budgets_are_met_however_large_the_logits(pipe: StableDiffusion3Pipeline) -> None:
+    routed = gated(pipe, widths=(1.0,))
+    routed.gates.records.clear()
+    logits = 500.0 + 50.0 * torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    routed.gates.records.add(torch.linspace(0, 1000, 64), logits, torch.zeros(64, 3, 1))
+    walk(pipe, tiny_inputs(1), 4)
+    for compute in (0.8, 0.5):
+        sl.set_budget(pipe, compute=compute)
+        assert compute - 0.1 < sl.planned_ratio(pipe, 4) <= compute

@@ -56,8 +56,10 @@ def train(
         float, typer.Option(help="Mean probability of running a block (rho_g).")
     ] = _DEFAULT.gate_target,
     width_target: Annotated[float, typer.Option(help="Mean share of its MLP (rho_w).")] = _DEFAULT.width_target,
-    lr_router: Annotated[float, typer.Option(help="Peak learning rate of the token routers.")] = _DEFAULT.lr_router,
-    lr_gates: Annotated[float, typer.Option(help="Peak learning rate of the block routers.")] = _DEFAULT.lr_gates,
+    lr_router: Annotated[float, typer.Option(help="Peak learning rate of the routers.")] = _DEFAULT.lr_router,
+    lr_gates: Annotated[
+        float, typer.Option(help="Peak learning rate of the block routers' heads.")
+    ] = _DEFAULT.lr_gates,
     lr_policy: Annotated[float, typer.Option(help="Peak learning rate of the policy.")] = _DEFAULT.lr_policy,
     lr_deltas: Annotated[float, typer.Option(help="Peak learning rate of the deltas.")] = _DEFAULT.lr_deltas,
     flow_weight: Annotated[

@@ -12,11 +12,9 @@ from torch import Tensor
 from shivelight.cost import BlockCost
 from shivelight.routing import Dial, GateRecords, width_choice
 
-# sigmoid(30) is 1 to fp32 and trained logits stay far below 30: beyond this shift nothing changes any more.
-_FARTHEST = 60.0
 # Records made at a shift this far off count 1 / e.
 _NEAR = 0.5
-_CAP_STEPS = 81
+_GRID_SHIFTS = 97
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,9 @@ class GatePlanner:
         self.static, self.late, self.threshold, self.reuse = decide == "static", decide == "step", threshold, reuse
         self.all_tokens = torch.tensor([[k == tokens for k in row] for row in kept])  # [T, L]
         self.gate, self.width = self.gate.double(), self.width.double()  # as the decisions are taken
+        largest = max(float(logits.nan_to_num(0.0).abs().max()) for logits in (self.gate, self.width))
+        # Shifts between which gates open and close, and beyond which nothing changes any more.
+        self.reach, self.farthest = 12.0 + largest, 60.0 + 2.0 * largest
         prices = [
             [
                 [cost.flops(k, text_tokens, 1.0 if stays else share, attended) for share in widths]
@@ -90,7 +91,7 @@ class GatePlanner:
     @property
     def least(self) -> float:
         """The least that the gates can be made to cost."""
-        return float(self.cost_by_step(-_FARTHEST).sum())
+        return float(self.cost_by_step(-self.farthest).sum())
 
     def cost_by_step(self, shift: float) -> Tensor:
         """Expected FLOPs of the routed blocks at each step [T], for one sample."""
@@ -140,10 +141,10 @@ class GatePlanner:
 
     def solve(self, budget: float) -> GatePlan:
         """The largest shift whose expected cost is within `budget` FLOPs of the routed blocks, at least `least`."""
-        if budget >= float(self.cost_by_step(_FARTHEST).sum()):
-            return self.plan(_FARTHEST)
+        if budget >= float(self.cost_by_step(self.farthest).sum()):
+            return self.plan(self.farthest)
         # Routers answer to the dial, so the cost need not rise everywhere: the last place of a grid that fits, then halves.
-        grid = [-_FARTHEST, *torch.linspace(-12.0, 12.0, _CAP_STEPS).tolist(), _FARTHEST]
+        grid = [-self.farthest, *self._shifts(), self.farthest]
         fits = [place for place, shift in enumerate(grid) if float(self.cost_by_step(shift).sum()) <= budget]
         low, high = grid[fits[-1]], grid[fits[-1] + 1]
         for _ in range(60):
@@ -154,9 +155,12 @@ class GatePlanner:
                 high = middle
         return self.plan(low)
 
+    def _shifts(self) -> list[float]:
+        return torch.linspace(-self.reach, self.reach, _GRID_SHIFTS).tolist()
+
     def remaining(self) -> tuple[list[float], list[list[float]]]:
         """Shifts, ascending, and for each step the expected FLOPs from there to the end at each of them: what a hard cap
         steers by."""
-        shifts = torch.linspace(-12.0, 12.0, _CAP_STEPS).tolist()
+        shifts = self._shifts()
         costs = torch.stack([self.cost_by_step(shift) for shift in shifts], dim=1)  # [T, shifts]
         return shifts, costs.flip(0).cumsum(0).flip(0).tolist()

@@ -19,8 +19,8 @@ class TrainingConfig:
         groups: micro-batches per step and process; each has one timestep, so that all its samples keep equally many
             tokens and every gather is a real, smaller batch.
         group_size: samples of a micro-batch.
-        lr_router, lr_gates, lr_policy, lr_deltas: peak learning rates (AdamW) of token routers, block routers, policy and
-            deltas, each after the stage's own linear warm-up.
+        lr_router, lr_gates, lr_policy, lr_deltas: peak learning rates (AdamW) of routers, of the heads of block routers,
+            of policy and deltas, each after the stage's own linear warm-up.
         warmup: warm-up steps of each stage, at most half of it.
         estimator: "residual", or the paper's "input".
         budget: "anchor" solves for the policy's anchor, so that each micro-batch meets its sampled target; "loss" is the
@@ -56,7 +56,7 @@ class TrainingConfig:
     groups: int = 4
     group_size: int = 4
     lr_router: float = 1e-3
-    lr_gates: float = 5e-3
+    lr_gates: float = 1e-2
     lr_policy: float = 3e-4
     lr_deltas: float = 5e-4
     warmup: int = 50

@@ -118,16 +118,21 @@ class Trainer:
     def _parameter_groups(self) -> list[dict[str, Any]]:
         rates = {
             "router": self.config.lr_router,
-            "gates": self.config.lr_gates,
+            "gates": self.config.lr_router,
+            # A gate's logit must cross its threshold in hundreds of steps; a trunk that learned as fast would die.
+            "heads": self.config.lr_gates,
             "policy": self.config.lr_policy,
             "deltas": self.config.lr_deltas,
         }
-        groups = []
-        for kind, rate in rates.items():
-            parameters = [p for name, p in self.named_parameters().items() if name.startswith(kind)]
-            if parameters:
-                groups.append({"params": parameters, "lr": rate, "peak": rate, "kind": kind})
-        return groups
+        members: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
+        for name, parameter in self.named_parameters().items():
+            kind = name.split(".")[0]
+            members["heads" if kind == "gates" and "_head." in name else kind].append(parameter)
+        return [
+            {"params": parameters, "lr": rates[kind], "peak": rates[kind], "kind": kind}
+            for kind, parameters in members.items()
+            if parameters
+        ]
 
     def run(self, on_step: Callable[[dict[str, float]], None] | None = None, until: int | None = None) -> Path:
         """Train to the end (or up to step `until`), going on from the newest checkpoint in `out`; returns the adapter's folder.
@@ -426,9 +431,9 @@ class Trainer:
     def _train_only(self, stage: StageName) -> None:
         """Stage 1 trains the routers, stage 2 the policy too, stage 3 everything."""
         trained = {
-            "router": ("router", "gates"),
-            "policy": ("router", "gates", "policy"),
-            "joint": ("router", "gates", "policy", "deltas"),
+            "router": ("router", "gates", "heads"),
+            "policy": ("router", "gates", "heads", "policy"),
+            "joint": ("router", "gates", "heads", "policy", "deltas"),
         }[stage]
         factor = self.config.rate_factor(self.step)
         for group in self.optimizer.param_groups:
