@@ -71,7 +71,7 @@ def demo(
     compute = planned_compute(comparison, 0.6)
     for other in (read_adapter(pipe, folder) for folder in embedded.OTHERS):
         budget = {"keep": 0.6} if other[0].config.blocks is None else {"compute": compute}
-        points += adapter_points(comparison, other, ablations=False, **budget)
+        points += adapter_points(comparison, other, ablations=False, **budget)[-1:]  # with reuse
     points.append(comparison.training_free("blocks", compute=compute))
     points = with_fewer_steps(comparison, points, apart=3, rounds=1)
     with common.progress_bar("timing", len(points) * (rounds + 1)) as advance:
@@ -171,10 +171,10 @@ def block_maps(comparison: Comparison, points: list[OperatingPoint]) -> list[tup
     maps = []
     captions = EmojiData().captions("test")
     for point in points:
-        if point.method not in ("blocks", "tokens+blocks"):
+        if point.method not in ("blocks+reuse", "tokens+blocks+reuse"):
             continue
         for pattern in ("plain", "texture"):
-            chosen = [str(c) for c in captions if c.background.pattern == pattern][:4]
+            chosen = [str(c) for c in captions if c.background.pattern == pattern][:2]
             with point.state():
                 comparison.call(chosen, point.steps)
                 spent = np.array(comparison.routed.spending.map())

@@ -282,7 +282,7 @@ class Comparison:
             references: real pictures [m, 3, H, W] for KID and FD, or None.
             network: feature network for them.
             progress: told each point's name.
-            captions: of the pictures; FLOPs of gates, which spend what a sample needs, are counted on the first four.
+            captions: of the pictures; FLOPs of gates, which spend what a sample needs, are counted on the first two.
         """
         reference = points[0]
         dense_flops = self.counted_flops(reference)
@@ -295,7 +295,7 @@ class Comparison:
             figures: dict[str, Any] = {
                 "steps": point.steps, "batch": 1, "guidance": self.setting.guidance,
                 "dtype": str(self.backbone.dtype).removeprefix("torch."), "compiled": False,
-                "flops_ratio": self.counted_flops(point, captions[:4] if gated else (_ANY,)) / dense_flops,
+                "flops_ratio": self.counted_flops(point, captions[:2] if gated else (_ANY,)) / dense_flops,
                 "realised": self.realised.get(point.name),
                 "latency_ms": timings.latency_ms(point.name), "speedup": speedup,
                 "speedup_end_to_end": timings.speedup(point.name, reference.name, seed=self.setting.seed),
