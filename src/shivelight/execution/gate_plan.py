@@ -3,6 +3,7 @@
 Shapes: T steps of a generation, W records near each step, L routed blocks, S widths.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from shivelight.routing import Dial, GateRecords, width_choice
 
 # Records made at a shift this far off count 1 / e.
 _NEAR = 0.5
-_GRID_SHIFTS = 97
+_MOST_SHIFTS = 801
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class GatePlanner:
         return self.plan(low)
 
     def _shifts(self) -> list[float]:
-        return torch.linspace(-self.reach, self.reach, _GRID_SHIFTS).tolist()
+        return torch.linspace(-self.reach, self.reach, min(math.ceil(8 * self.reach), _MOST_SHIFTS)).tolist()
 
     def remaining(self) -> tuple[list[float], list[list[float]]]:
         """Shifts, ascending, and for each step the expected FLOPs from there to the end at each of them: what a hard cap
