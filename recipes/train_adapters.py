@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         action="append",
-        choices=["tokens", "dense-finetuned", "tokens-reuse", "blocks", "tokens+blocks"],
+        choices=["tokens", "dense-finetuned", "tokens-reuse", "blocks", "blocks-refresh", "both-refresh"],
         help="repeat it; tokens and dense-finetuned by default",
     )
     parser.add_argument("--gate-target", type=float, default=0.5)
@@ -102,7 +102,15 @@ def main() -> None:
             RoutingConfig(None, BlockRouting(), deltas),
             dataclasses.replace(config, router_steps=config.router_steps + config.policy_steps, policy_steps=0),
         ),
-        "tokens+blocks": (RoutingConfig(TokenRouting(), BlockRouting(), deltas), config),
+        # Trained with the residuals of earlier steps, which closed gates add.
+        "blocks-refresh": (
+            RoutingConfig(None, BlockRouting(closed="reuse"), deltas, Reuse()),
+            dataclasses.replace(config, router_steps=config.router_steps + config.policy_steps, policy_steps=0),
+        ),
+        "both-refresh": (
+            RoutingConfig(TokenRouting(sees_drift=True), BlockRouting(closed="reuse"), deltas, Reuse()),
+            config,
+        ),
     }
     for name, (routing, settings) in runs.items():
         if name in (args.only or ("tokens", "dense-finetuned")):

@@ -82,6 +82,9 @@ class BlockRouting:
             what the routers said at the step before (the first step runs everything), one transfer per step; "static"
             uses what they said on average in training, at the nearest timesteps: no router runs, nothing is transferred,
             and the cost is known before the first step.
+        closed: what a closed gate means. "pass" is the paper's: both streams go by unchanged. "reuse" adds the block's last
+            residual, in training too, where there is one that was used fewer than `Reuse.max_reuses` times in a row; else the
+            block runs. The older the residual, the sooner the gate opens. Needs `RoutingConfig.reuse`.
         share: of a `compute` budget over tokens and blocks together, compute^share is left to blocks and widths, the rest
             to tokens.
     """
@@ -95,6 +98,7 @@ class BlockRouting:
     threshold: float = 0.5
     cfg_gates: Literal["cond", "each"] = "cond"
     decide: Literal["block", "step", "static"] = "block"
+    closed: Literal["pass", "reuse"] = "pass"
     share: float = 0.5
 
     def __post_init__(self) -> None:
@@ -121,6 +125,11 @@ class BlockRouting:
         _one_of("BlockRouting.start", self.start, ("full", "random"))
         _one_of("BlockRouting.cfg_gates", self.cfg_gates, ("cond", "each"))
         _one_of("BlockRouting.decide", self.decide, ("block", "step", "static"))
+        _one_of("BlockRouting.closed", self.closed, ("pass", "reuse"))
+        _require(
+            self.router != "drift" or self.closed == "pass",
+            "BlockRouting.router='drift' always reuses; closed='reuse' is about routers that are trained.",
+        )
 
 
 @dataclass(frozen=True)
@@ -214,6 +223,10 @@ class RoutingConfig:
             not drifting or self.reuse is not None,
             "scores='drift', sees_drift and router='drift' go by the residuals of earlier steps; give RoutingConfig "
             "reuse=Reuse() too.",
+        )
+        _require(
+            self.blocks is None or self.blocks.closed == "pass" or self.reuse is not None,
+            "BlockRouting.closed='reuse' adds the residuals of earlier steps; give RoutingConfig reuse=Reuse() too.",
         )
         _require(
             self.reuse is None or self.tokens is not None or self.blocks is not None,

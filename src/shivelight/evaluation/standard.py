@@ -66,9 +66,11 @@ def adapter_points(
 
     if routed.gates is None or "keep" in budget:
         return [point(f"{name}+reuse" if config.reuse is not None else name)]
-    sees_drift = config.tokens is not None and config.tokens.sees_drift
-    without: Variant = {"reuse": config.reuse if sees_drift else None}
-    points = [] if sees_drift else [point(name, **without)]
+    # Trained with reuse, they cannot do without.
+    bound = config.blocks is not None and config.blocks.closed == "reuse"
+    bound |= config.tokens is not None and config.tokens.sees_drift
+    without: Variant = {"reuse": config.reuse if bound else None}
+    points = [] if bound else [point(name, **without)]
     points.append(point(f"{name}+reuse", reuse=config.reuse or Reuse()))
     if ablations:
         for decide in ("static", "step"):
@@ -79,7 +81,8 @@ def adapter_points(
 
 def method_name(config: RoutingConfig) -> str:
     """What an adapter is called in results.json, but for reuse."""
-    axes = {"tokens": config.tokens, "blocks": config.blocks}
+    refreshes = config.blocks is not None and config.blocks.closed == "reuse"
+    axes = {"tokens": config.tokens, "blocks-refresh" if refreshes else "blocks": config.blocks}
     return "+".join(axis for axis, settings in axes.items() if settings is not None)
 
 

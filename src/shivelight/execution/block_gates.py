@@ -14,7 +14,7 @@ from shivelight.backbones.spec import BackboneSpec
 from shivelight.config import BlockRouting, Reuse
 from shivelight.errors import BudgetError, UnsupportedBackboneError
 from shivelight.execution.context import GRID, StepContext
-from shivelight.execution.gate_plan import GatePlan, GatePlanner
+from shivelight.execution.gate_plan import GatePlan, GatePlanner, aged
 from shivelight.execution.gates import Cap, Decision, RouterOutputs, choose_action, choose_width
 from shivelight.execution.planning import Budget, Planner, Request
 from shivelight.execution.reuse import BlockResiduals
@@ -47,6 +47,11 @@ class BlockGates(nn.Module):
         if config.router == "lean":
             options |= {"modulation_rank": config.modulation_rank, "token_stride": config.token_stride}
         self.router = BLOCK_ROUTERS[config.router](*spec.widths(model), planner.routed, **options)
+        # Where closed gates reuse: what the log of the residual's age adds to the gate's logit. A fresh router's gates open by
+        # age alone, as in routing without training.
+        self.age_slopes: nn.Parameter | None = None
+        if config.closed == "reuse":
+            self.age_slopes = nn.Parameter(torch.ones(len(planner.routed)))
         self.records = GateRecords(len(planner.routed), len(config.widths))
         self.outputs = RouterOutputs(config)
         self.cap: tuple[Budget, Cap] | None = None
@@ -91,6 +96,14 @@ class BlockGates(nn.Module):
         """The channel order [H] of a block's MLP."""
         return self.get_buffer(f"order_{block}")
 
+    def raised(self, age: int) -> Tensor | None:
+        """What residuals of this age in steps add to the gates' logits [L], with the slopes' gradient; None where closed gates
+        pass by."""
+        return None if self.age_slopes is None else self.age_slopes.float() * math.log(age)
+
+    def _slopes(self) -> tuple[float, ...] | None:
+        return None if self.age_slopes is None else tuple(self.age_slopes.detach().float().tolist())
+
     def begin(self, context: StepContext) -> None:
         """A pass begins."""
         self.outputs.begin(context)
@@ -115,11 +128,13 @@ class BlockGates(nn.Module):
 
     def _solve(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> GatePlan:
         if budget.threshold is not None and self.records.filled == 0 and self.config.decide != "static":
-            return GatePlan(Dial(budget.threshold), None, 1)
+            return GatePlan(Dial(budget.threshold), None, 1, slopes=self._slopes())
         planner = self._gate_planner(request, budget, kept)
-        return (
-            planner.plan(0.0) if budget.threshold is not None else planner.solve(self._left(planner, request, budget))
-        )
+        if budget.threshold is not None:
+            return planner.plan(0.0)
+        if self.config.closed == "reuse" and request.steps is GRID:
+            return planner.plan(planner.farthest)  # a bare transformer's passes have nothing to reuse: everything runs
+        return planner.solve(self._left(planner, request, budget))
 
     def _gate_planner(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> GatePlanner:
         config, reuse, bare = self.config, self.reuse, request.steps is GRID
@@ -137,6 +152,7 @@ class BlockGates(nn.Module):
             config.decide,
             [block in (self._whole or ()) for block in self.planner.routed],
             request.tokens,
+            self._slopes(),
         )
 
     def _first_reuse(self, steps: int) -> int:
@@ -186,13 +202,16 @@ class BlockGates(nn.Module):
         margin = 0.0 if self.reuse is None else self.reuse.margin
         if context.steps is not None and context.step < self._first_reuse(len(context.steps)):
             entry = None
+        if plan.slopes is not None and entry is not None:
+            slope, step = plan.slopes[self.planner.routed.index(block)], context.step
+            logits = [[own[0] + aged(slope, entry.age(i, step)), *own[1:]] for i, own in enumerate(logits)]
         shifts = None if cap is None else cap.shift(context.call, context.step, len(counts))
         decisions = []
         for sample, (own, kept) in enumerate(zip(logits, counts, strict=True)):
             dial = plan.dial if shifts is None else Dial(plan.dial.threshold, shifts[sample])
             may_reuse = entry is not None and self.reuse is not None and entry.may_serve(sample, self.reuse.max_reuses)
             width = 1.0 if block in (self._whole or ()) else choose_width(own, dial, self.config.widths)
-            decision = Decision(choose_action(own[0], dial, margin, may_reuse), kept, width)
+            decision = Decision(choose_action(own[0], dial, margin, may_reuse, self.config.closed), kept, width)
             if cap is not None and decision.action == "run":
                 flops = self.planner.costs[block].flops(kept, request.text_tokens, width, request.attended)
                 if not cap.spend(context.call, context.step, sample, len(counts), flops):

@@ -27,12 +27,19 @@ class GatePlan:
         cost: expected FLOPs of the routed blocks, summed over the steps, for one sample and pass; None if nothing is known.
         steps: how many the sum is over.
         logits: static mode: (gate logits [T][L], width logits [T][L][S]) that decide, the records' means; else None.
+        slopes: what the log of a residual's age adds to its block's gate logit [L]; None where closed gates pass by.
     """
 
     dial: Dial
     cost: float | None
     steps: int
     logits: tuple[list[list[float]], list[list[list[float]]]] | None = None
+    slopes: tuple[float, ...] | None = None
+
+
+def aged(slope: float, age: int) -> float:
+    """What a residual's age in steps adds to its block's gate logit."""
+    return slope * math.log(age)
 
 
 class GatePlanner:
@@ -51,6 +58,7 @@ class GatePlanner:
         decide: see `BlockRouting`.
         whole: for each routed block, whether its MLP runs whole at any width [L].
         tokens: N; a block has a residual to add once it ran on all of them.
+        slopes: see `GatePlan`.
     """
 
     def __init__(
@@ -67,12 +75,16 @@ class GatePlanner:
         decide: str,
         whole: Sequence[bool],
         tokens: int,
+        slopes: tuple[float, ...] | None = None,
     ) -> None:
         self.gate, self.width, self.recorded_at = records.near(steps)
+        self.slopes = slopes
         self.static, self.late, self.threshold, self.reuse = decide == "static", decide == "step", threshold, reuse
         self.all_tokens = torch.tensor([[k == tokens for k in row] for row in kept])  # [T, L]
         self.gate, self.width = self.gate.double(), self.width.double()  # as the decisions are taken
         largest = max(float(logits.nan_to_num(0.0).abs().max()) for logits in (self.gate, self.width))
+        if slopes is not None and reuse is not None:
+            largest += max(abs(aged(slope, reuse[1])) for slope in slopes)
         # Shifts between which gates open and close, and beyond which nothing changes any more.
         self.reach, self.farthest = 12.0 + largest, 60.0 + 2.0 * largest
         prices = [
@@ -99,7 +111,8 @@ class GatePlanner:
         dial, (gate, width, weights) = Dial(self.threshold, shift), self._logits_at(shift)
         chosen = width_choice(dial.moved_widths(width))
         prices = self.prices[:, None].expand(*chosen.shape, -1).gather(-1, chosen[..., None]).squeeze(-1)
-        costs = (prices * self._runs(gate, dial) * weights[..., None]).sum((1, 2))
+        runs = self._runs(gate, dial) if self.slopes is None else self._refreshes(gate, dial, self.slopes)
+        costs = (prices * runs * weights[..., None]).sum((1, 2))
         if self.late:  # at the first step nothing is known yet, and everything runs
             costs[0] = self.prices[0, :, -1].sum()
         return costs
@@ -134,11 +147,43 @@ class GatePlanner:
             stored |= ran & self.all_tokens[step]
         return runs
 
+    def _refreshes(self, gate: Tensor, dial: Dial, slopes: Sequence[float]) -> Tensor:
+        """Expected runs [T, W, L] where a closed gate reuses: a block runs when its residual is old enough to open the gate,
+        in one of so many steps."""
+        if self.reuse is None:
+            return torch.ones_like(gate)
+        _, most, first = self.reuse
+        # [ages, T, W, L]: whether a residual that is 1, ..., most steps old opens the gate; an older one may not serve.
+        raised = [torch.tensor([aged(slope, age) for slope in slopes]).double() for age in range(1, most + 1)]
+        opens = torch.stack([~dial.skips(gate + more) for more in raised])
+        if self.static:
+            return self._walk(opens, first)
+        runs = torch.full_like(gate, 1.0 / (most + 1))
+        for age in range(most, 0, -1):
+            runs = torch.where(opens[age - 1], 1.0 / age, runs)
+        runs[: max(first, 1)] = 1.0
+        return runs
+
+    def _walk(self, opens: Tensor, first: int) -> Tensor:
+        """The runs [T, 1, L] of static gates, step by step; opens [ages, T, 1, L]."""
+        most, steps, _, blocks = opens.shape
+        runs = torch.ones(steps, 1, blocks, dtype=torch.float64)
+        age, stored = torch.zeros(1, blocks, dtype=torch.int64), torch.zeros(1, blocks, dtype=torch.bool)
+        for step in range(steps):
+            age += 1
+            opened = opens[:, step].gather(0, age.clamp(max=most)[None] - 1)[0]
+            ran = ~stored | (age > most) | opened if step >= first else torch.ones_like(stored)
+            runs[step] = ran.double()
+            age = torch.where(ran, 0, age)
+            stored |= ran & self.all_tokens[step]
+        return runs
+
     def plan(self, shift: float) -> GatePlan:
         """The gates at this shift."""
         gate, width, _ = self._logits_at(shift)
         logits = (gate[:, 0].tolist(), width[:, 0].tolist()) if self.static else None
-        return GatePlan(Dial(self.threshold, shift), float(self.cost_by_step(shift).sum()), self.steps, logits)
+        cost = float(self.cost_by_step(shift).sum())
+        return GatePlan(Dial(self.threshold, shift), cost, self.steps, logits, self.slopes)
 
     def solve(self, budget: float) -> GatePlan:
         """The largest shift whose expected cost is within `budget` FLOPs of the routed blocks, at least `least`."""

@@ -36,11 +36,16 @@ class Decision:
     width: float = 1.0
 
 
-def choose_action(gate_logit: float, dial: Dial, margin: float, may_reuse: bool) -> Action:
+def choose_action(
+    gate_logit: float, dial: Dial, margin: float, may_reuse: bool, closed: Literal["pass", "reuse"] = "pass"
+) -> Action:
     """E-DiT's rule: below the threshold a block is skipped, up to `margin` above it the last residual serves, else it runs.
+    With `closed` = "reuse": below the threshold the last residual serves where it may, else the block runs.
 
     A NaN runs the block: the safe answer.
     """
+    if closed == "reuse":
+        return "reuse" if may_reuse and dial.skips(gate_logit) else "run"
     if dial.skips(gate_logit):
         return "skip"
     return "reuse" if may_reuse and dial.unsure(gate_logit, margin) else "run"

@@ -84,6 +84,10 @@ class BlockResiduals:
         length = torch.linalg.vector_norm(self.residual.float(), dim=(1, 2))
         return torch.linalg.vector_norm(self.drift, dim=1) / length.clamp(min=torch.finfo(torch.float32).tiny)
 
+    def age(self, sample: int, step: int) -> int:
+        """Steps since a sample ran the block, at least 1."""
+        return max(1, step - self.ran_at[sample])
+
     def add(self, x: Tensor, text: Tensor | None, step: int, max_age: int) -> tuple[Tensor, Tensor | None]:
         """What a block that is left out adds: x + its last residual, for both streams; tokens whose residual was computed
         more than `max_age` steps ago pass by."""
@@ -171,17 +175,21 @@ class CachedPass(BlockResiduals):
         residual: [B, N, D], of every token.
         drift: [B, N] fp32, how far it had moved, times its age.
         projections: by name [B, N, E].
+        text: [B, M, D], of the text tokens, where a block that is left out adds them.
     """
 
-    def __init__(self, x: Tensor, residual: Tensor, drift: Tensor, projections: dict[str, Tensor]) -> None:
+    def __init__(
+        self, x: Tensor, residual: Tensor, drift: Tensor, projections: dict[str, Tensor], text: Tensor | None = None
+    ) -> None:
         super().__init__(x[:, :0])
-        self.residual, self.drift, self.projections = residual, drift, projections
+        self.residual, self.drift, self.projections, self.text = residual, drift, projections, text
         self.complete = [True] * len(x)
 
     def take(self, samples: Tensor, chosen: Sequence[int]) -> "CachedPass":
         """The entries of some samples, as copies."""
         projections = {name: projection[samples] for name, projection in self.projections.items()}
-        return CachedPass(self.residual[samples], self.residual[samples], self.drift[samples], projections)
+        text, residual = None if self.text is None else self.text[samples], self.residual[samples]
+        return CachedPass(residual, residual, self.drift[samples], projections, text)
 
     def put(self, samples: Tensor, chosen: Sequence[int], part: BlockResiduals) -> None:
         """Nothing is brought up to date."""

@@ -116,11 +116,13 @@ class GateRecords(nn.Module):
         self.width[places] = width.to(self.width)
         self.written += len(timesteps)
 
-    def shift_to_run(self, share: float, threshold: float) -> float:
-        """Shift of the dial at which this share of all recorded gates is open, in (0, 1]; 0 where nothing was recorded."""
+    def shift_to_run(self, share: float, threshold: float, raised: Tensor | None = None) -> float:
+        """Shift of the dial at which this share of all recorded gates is open, in (0, 1]; 0 where nothing was recorded.
+        `raised` [L] is added to the recorded logits: what the age of a residual adds."""
         if self.filled == 0:
             return 0.0
-        logits = self.gate[: self.filled].flatten().float().sort(descending=True).values
+        logits = self.gate[: self.filled].float() + (0.0 if raised is None else raised.detach().to(self.gate))
+        logits = logits.flatten().sort(descending=True).values
         opened = min(max(1, round(share * len(logits))), len(logits))
         # Half-way to the next one, so that no rounding closes the last gate that is to open.
         beyond = logits[opened] if opened < len(logits) else logits[-1] - 1.0

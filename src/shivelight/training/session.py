@@ -135,7 +135,9 @@ class BlockSession:
         widths: shares of the MLP to choose from.
         orders: per routed block [H], its MLP's channels from the most to the least important.
         dial: threshold, and the shift that this pass is trained at.
-        logits: per routed block, the router's, with their gradients and without the shift.
+        cached: per routed block, what it adds where its gate is closed, from an earlier pass; none where it passes by.
+        raised: per routed block, what the age of that pass adds to its gate's logit; none where it passes by.
+        logits: per routed block, those that the gate goes by, with their gradients and without the shift.
         features: the student's outputs of the blocks that are compared.
     """
 
@@ -143,6 +145,8 @@ class BlockSession:
     widths: tuple[float, ...]
     orders: dict[int, Tensor] = field(default_factory=dict)
     dial: Dial = Dial()
+    cached: dict[int, CachedPass] = field(default_factory=dict)
+    raised: dict[int, Tensor] = field(default_factory=dict)
     logits: dict[int, GateLogits] = field(default_factory=dict)
     features: dict[int, Tensor] = field(default_factory=dict)
 
@@ -151,7 +155,7 @@ class BlockSession:
 
     def choose(self, block: int, logits: Tensor) -> tuple[tuple[bool, ...], Tensor | None]:
         """Gate and width mask with their straight-through gradients."""
-        own = self.logits[block] = GateLogits(logits[:, 0], logits[:, 1:])
+        own = self.logits[block] = GateLogits(logits[:, 0] + self.raised.get(block, 0.0), logits[:, 1:])
         gate = self._gates[block] = straight_through_gate(own.gate, self.dial)
         mask = None
         if len(self.widths) > 1:
@@ -162,20 +166,23 @@ class BlockSession:
     def leave(
         self, block: int, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
-        """x + g (Block(x) - x) on both streams; for samples that skip the block, the teacher's residual says what it is."""
-        gate = self._gates[block]
-        image = self._gated(before[0], after[0], gate, self.teacher.residuals[block])
+        """x + g (Block(x) - x) on both streams; for samples that skip the block, the teacher's residual says what it is. With
+        cached residuals c instead x + c + g (Block(x) - x - c)."""
+        gate, cached = self._gates[block], self.cached.get(block)
+        stale = (None, None) if cached is None else (cached.residual, cached.text)
+        image = self._gated(before[0], after[0], gate, self.teacher.residuals[block], stale[0])
         text = after[1]
         if text is not None and before[1] is not None and block in self.teacher.text_residuals:
-            text = self._gated(before[1], text, gate, self.teacher.text_residuals[block])
+            text = self._gated(before[1], text, gate, self.teacher.text_residuals[block], stale[1])
         if block in self.teacher.features_at:
             self.features[block] = image
         return image, text
 
     @staticmethod
-    def _gated(x: Tensor, out: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
+    def _gated(x: Tensor, out: Tensor, gate: Tensor, residual: Tensor, cached: Tensor | None) -> Tensor:
         ran = (gate.detach() > 0.5)[:, None, None]
-        return apply_gate(x, torch.where(ran, out, x + residual.to(x.dtype)), gate)
+        full = torch.where(ran, out, x + residual.to(x.dtype))
+        return apply_gate(x if cached is None else x + cached.to(x.dtype), full, gate)
 
     def probabilities(self) -> Tensor:
         """[L, B], of running at shift 0: what the losses on gates and widths bound."""
@@ -215,13 +222,16 @@ class PassRecord:
         self._blocks, self._routed = spec.block_list(backbone), routed
         self._spec, self._context = spec, context
         self.residuals: dict[int, Tensor] = {}
+        self.text_residuals: dict[int, Tensor] = {}
         self.projections: dict[int, dict[str, Tensor]] = {block: {} for block in routed}
 
     def __call__(
         self, block: int, x: Tensor, out: Tensor, kept: Tensor | None, text: tuple[Tensor, Tensor] | None
     ) -> None:
-        """Keep a block's residual, as an `Observer`."""
+        """Keep a block's residuals, as an `Observer`."""
         self.residuals[block] = out - x
+        if text is not None:
+            self.text_residuals[block] = text[1] - text[0]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -247,5 +257,6 @@ class PassRecord:
         cached = {}
         for block, residual in self.residuals.items():
             moved = torch.linalg.vector_norm((residual - older.residuals[block]).float(), dim=-1)
-            cached[block] = CachedPass(residual, residual, moved * age, self.projections[block])
+            text = self.text_residuals.get(block)
+            cached[block] = CachedPass(residual, residual, moved * age, self.projections[block], text)
         return cached

@@ -32,6 +32,7 @@ class TrainingConfig:
         gate_weight: weight of both losses on them (lambda; 1 in the paper).
         gate_low, gate_high: range of the share of gates that are open in the joint stage: each micro-batch moves the dial to
             a share drawn from it, so that one adapter serves every budget. Both None is the paper's: the dial never moves.
+        max_age: how many steps old the residuals are, at most, that are simulated for what is trained with reuse.
         calibration_batches: micro-batches, after the last step, of which the routers' records are made; 0 keeps those of
             the last steps.
         rank_batches: batches by which the MLPs' channels are ranked before the first step; 0 keeps their own order.
@@ -71,6 +72,7 @@ class TrainingConfig:
     gate_weight: float = 1.0
     gate_low: float | None = 0.35
     gate_high: float | None = 1.0
+    max_age: int = 3
     rank_batches: int = 8
     calibration_batches: int = 64
     score_noise: float = 0.1
@@ -91,7 +93,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("router_steps", "policy_steps", "joint_steps", "warmup", "preview_every"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; give 0 or more.")
-        for name in ("groups", "group_size", "feature_every", "schedule_points", "checkpoint_every"):
+        for name in ("groups", "group_size", "feature_every", "schedule_points", "checkpoint_every", "max_age"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; give 1 or more.")
         _require(self.total_steps > 0, "All three stages have 0 steps: there is nothing to train.")
         _require(

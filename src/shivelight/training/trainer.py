@@ -46,11 +46,13 @@ from shivelight.training.stages import StageName, TrainingConfig
 
 @dataclass
 class Draw:
-    """What one micro-batch trains on: its own timestep, keep target, shift of the gates, samples and generator."""
+    """What one micro-batch trains on: its own timestep, keep target, shift of the gates, age of what is reused, samples and
+    generator."""
 
     sigma: float
     keep: float
     shift: float
+    age: int
     indices: list[int]
     dropped: list[bool]
     generator: torch.Generator
@@ -237,7 +239,8 @@ class Trainer:
             finally:
                 self.routed.observer = None
         cached = self._cached_pass(draw, sample, clean, noise)
-        session, gating = self._token_session(stage, draw, teacher, cached), self._block_session(draw, teacher)
+        session = self._token_session(stage, draw, teacher, cached)
+        gating = self._block_session(draw, teacher, cached)
         self.routed.session, self.routed.gate_session = session, gating
         velocity = self._velocity(noisy, sample, sigmas)
         losses = {"output": F.mse_loss(velocity.float(), wanted.float())}
@@ -268,13 +271,13 @@ class Trainer:
 
     @torch.no_grad()
     def _cached_pass(self, draw: Draw, sample: Sample, clean: Tensor, noise: Tensor) -> dict[int, CachedPass]:
-        """What tokens that are left out add: residuals of the student's own dense passes one to three steps earlier."""
-        reuse = self.routed.config.reuse
-        if reuse is None or self.routed.config.tokens is None:
+        """What is left out adds: residuals of the student's own dense passes some steps earlier."""
+        routing = self.routed.config
+        reuse, tokens = routing.reuse, routing.tokens is not None
+        if reuse is None or not (tokens or self._blocks_reuse):
             return {}
-        age = 1 + int(torch.randint(3, (), generator=draw.generator))
         passes = []
-        for steps, context in ((age, reuse.context), (age + 1, False)):
+        for steps, context in ((draw.age, reuse.context and tokens), (draw.age + 1, False)):
             sigmas = torch.full((len(clean),), self._earlier(draw.sigma, steps), device=clean.device)
             record = PassRecord(self.backbone, self.routed.spec, self.routed.routed, context)
             self.routed.observer = record
@@ -284,7 +287,12 @@ class Trainer:
             finally:
                 self.routed.observer = None
             passes.append(record)
-        return passes[0].aged(passes[1], age)
+        return passes[0].aged(passes[1], draw.age)
+
+    @property
+    def _blocks_reuse(self) -> bool:
+        blocks = self.routed.config.blocks
+        return blocks is not None and blocks.closed == "reuse"
 
     def _earlier(self, sigma: float, steps: int) -> float:
         """The noise level some sampling steps before this one; 1 at the earliest."""
@@ -313,12 +321,16 @@ class Trainer:
             cached=cached,
         )
 
-    def _block_session(self, draw: Draw, teacher: TeacherRecord) -> BlockSession | None:
+    def _block_session(self, draw: Draw, teacher: TeacherRecord, cached: dict[int, CachedPass]) -> BlockSession | None:
         gates, blocks = self.routed.gates, self.routed.config.blocks
         if gates is None or blocks is None:
             return None
         orders = {block: gates.order(block) for block in self.routed.routed} if len(blocks.widths) > 1 else {}
-        return BlockSession(teacher, blocks.widths, orders, Dial(blocks.threshold, draw.shift))
+        dial = Dial(blocks.threshold, draw.shift)
+        if not self._blocks_reuse:
+            return BlockSession(teacher, blocks.widths, orders, dial)
+        raised = dict(zip(self.routed.routed, gates.raised(draw.age), strict=True))
+        return BlockSession(teacher, blocks.widths, orders, dial, cached, raised)
 
     def _record(self, gating: BlockSession, timesteps: Tensor) -> None:
         """Keep the routers' logits: budgets are solved by them."""
@@ -327,6 +339,8 @@ class Trainer:
         gate = torch.stack([own.gate.detach() for own in gating.logits.values()], dim=1)
         width = torch.stack([own.width.detach() for own in gating.logits.values()], dim=1)
         # Of all processes: the dial is turned by them, and a checkpoint holds those of one process for all.
+        if gating.raised:  # records are of residuals of one step's age, which raises nothing
+            gate = gate - torch.stack(list(gating.raised.values())).detach()
         shift = torch.full_like(timesteps, gating.dial.shift)
         gates.records.add(*(self.accelerator.gather(value.contiguous()) for value in (timesteps, gate, width, shift)))
 
@@ -340,11 +354,14 @@ class Trainer:
         generator = torch.Generator().manual_seed(_mix(config.seed, config.total_steps, 0))
         batches = config.calibration_batches
         sigmas = shift_sigmas(stratified_uniform(batches, generator), self._shift).clamp(min=1e-3)
-        shares = stratified_ratios(batches, config.gate_low or 0.35, config.gate_high or 1.0, generator)
-        shifts = [gates.records.shift_to_run(share, blocks.threshold) for share in shares.tolist()]
+        # Without a range of its own the dial never moved in training; budgets will move it all the same.
+        low = config.keep_low if config.gate_low is None else config.gate_low
+        high = 1.0 if config.gate_high is None else config.gate_high
+        shares = stratified_ratios(batches, low, high, generator).tolist()
+        drawn = [self._draws(config.total_steps + batch)[0] for batch in range(batches)]
+        shifts = [self._shift_to_run(share, draw.age) for share, draw in zip(shares, drawn, strict=True)]
         gates.records.clear()
-        for batch, (sigma, shift) in enumerate(zip(sigmas.tolist(), shifts, strict=True)):
-            draw = self._draws(config.total_steps + batch)[0]
+        for draw, sigma, shift in zip(drawn, sigmas.tolist(), shifts, strict=True):
             try:
                 self._micro_batch("joint", replace(draw, sigma=sigma, shift=shift))
             finally:
@@ -400,19 +417,27 @@ class Trainer:
         # The end of the path (pure data) is no input that sampling ever sees.
         sigmas = shift_sigmas(stratified_uniform(count, shared), self._shift).clamp(min=1e-3)
         keeps = stratified_ratios(count, config.keep_low, config.keep_high, shared)
-        gates, blocks, shifts = self.routed.gates, self.routed.config.blocks, [0.0] * count
-        joint = config.stage(step)[0] == "joint"
-        if gates is not None and blocks is not None and joint and config.gate_low is not None:
-            shares = stratified_ratios(count, config.gate_low, config.gate_high or 1.0, shared)
-            shifts = [gates.records.shift_to_run(share, blocks.threshold) for share in shares.tolist()]
+        shares: list[float] | None = None
+        if config.stage(step)[0] == "joint" and config.gate_low is not None and config.gate_high is not None:
+            shares = stratified_ratios(count, config.gate_low, config.gate_high, shared).tolist()
         draws = []
         for group in range(config.groups):
             place = group * world + accelerator.process_index
             own = torch.Generator().manual_seed(_mix(config.seed, step, 1 + place))
             indices = torch.randint(len(self.cache), (config.group_size,), generator=own).tolist()
             dropped = (torch.rand(config.group_size, generator=own) < config.caption_drop).tolist()
-            draws.append(Draw(float(sigmas[place]), float(keeps[place]), shifts[place], indices, dropped, own))
+            age = 1 + int(torch.randint(config.max_age, (), generator=own))
+            shift = 0.0 if shares is None else self._shift_to_run(shares[place], age)
+            draws.append(Draw(float(sigmas[place]), float(keeps[place]), shift, age, indices, dropped, own))
         return draws
+
+    def _shift_to_run(self, share: float, age: int) -> float:
+        """Shift of the dial at which this share of the gates is open, what they reuse being this many steps old; 0 without
+        gates."""
+        gates, blocks = self.routed.gates, self.routed.config.blocks
+        if gates is None or blocks is None:
+            return 0.0
+        return gates.records.shift_to_run(share, blocks.threshold, gates.raised(age))
 
     def _velocity(self, noisy: Tensor, sample: Sample, sigmas: Tensor) -> Tensor:
         device, dtype = self.accelerator.device, self.backbone.dtype
