@@ -5,13 +5,13 @@
 Validation captions (the test set judges, and tunes nothing), same seeds, PSNR and SSIM to the dense pictures. The rows vary
 one field of `Reuse` at a time from its default; `no-reuse` lets rejected tokens pass through unchanged; `trained` is the
 shipped adapter, which learned without reuse; `blocks` and `both` leave out whole blocks, and blocks and tokens, at the
-planned FLOPs of the default.
+planned FLOPs of the default; the rows of blocks after them vary who decides.
 """
 
 import argparse
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,6 +30,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "max_age 3": {"max_age": 3},
     **{f"warmup {share}": {"warmup": share} for share in (0.04, 0.12, 0.36, 0.48)},
 }
+# Who decides which blocks run, and with which settings of their reuse.
+BLOCK_VARIANTS: dict[str, tuple[Literal["age", "drift"], dict[str, Any]]] = {
+    "blocks by age": ("age", {}),
+    "blocks by drift": ("drift", {}),
+    "by age, warmup 0.04": ("age", {"warmup": 0.04}),
+    "by age, K 2": ("age", {"max_reuses": 2}),
+}
 
 
 def main() -> None:
@@ -37,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=int, default=16)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.6, 0.4])
+    parser.add_argument("--compute", type=float, nargs="+", default=[0.7, 0.5, 0.35])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/reuse.json"))
     args = parser.parse_args()
     pipe = common.open_pipeline(None, common.DEFAULT_DEVICE, torch.bfloat16)
@@ -71,6 +79,7 @@ def main() -> None:
                 defaults.append(math.floor(1e4 * planned) / 1e4)
         for scores in ("norm", "random"):
             judge(f"{scores} scores", comparison.routed_point(f"{scores}+reuse", keep=keep, variant={"scores": scores}))
+    plans |= {round(compute * setting.steps) for compute in args.compute}
     for steps in sorted(plans, reverse=True):
         judge("", comparison.dense(steps))
     for axis in ("blocks", "both"):
@@ -78,6 +87,12 @@ def main() -> None:
         comparison = Comparison(pipe, setting)
         for plan in defaults:
             judge(axis, comparison.routed_point("training-free", compute=plan))
+    for name, (router, fields) in BLOCK_VARIANTS.items():
+        routing = sl.BlockRouting(router=router, widths=(1.0,))
+        sl.attach(pipe, sl.RoutingConfig(None, routing, reuse=sl.Reuse(**fields)))
+        comparison = Comparison(pipe, setting)
+        for compute in args.compute:
+            judge(name, comparison.routed_point("training-free-blocks", compute=compute))
     sl.attach(pipe, sl.RoutingConfig(sl.TokenRouting(scores="random", ratios="fixed")))
     comparison = Comparison(pipe, setting)
     for keep in args.keep:

@@ -57,12 +57,12 @@ def prepare(model: Any, config: RoutingConfig) -> Routed:
         if path is not None:
             _embedder(backbone, spec, path)
     drifting = (config.tokens is not None and config.tokens.scores == "drift") or (
-        config.blocks is not None and config.blocks.router == "drift"
+        config.blocks is not None and not config.blocks.learned
     )
     if pipeline is None and drifting:
         raise UnsupportedBackboneError(
-            f"A bare {type(backbone).__name__} has no order in time, but training-free routing ('drift') goes by the "
-            "residuals of earlier steps. Attach to the pipeline."
+            f"A bare {type(backbone).__name__} has no order in time, but training-free routing goes by the residuals of "
+            "earlier steps. Attach to the pipeline."
         )
     return Routed(backbone, spec, config, pipeline)
 
@@ -248,7 +248,7 @@ def summary(model: Any) -> str:
         lines.append(f"tokens: scores {tokens.scores}, ratios {tokens.ratios}, guidance {tokens.cfg_scores}")
     if blocks is not None:
         lines.append(
-            "blocks: those whose residual moves run"
+            f"blocks: those whose residual {'is oldest' if blocks.router == 'age' else 'moves most'} run"
             if routed.gates is None
             else f"blocks: {blocks.router} routers decide by {blocks.decide}, guidance {blocks.cfg_gates}; MLP widths "
             f"{', '.join(f'{width:g}' for width in blocks.widths)}; {routed.gates.records.filled} records"

@@ -69,8 +69,9 @@ class BlockRouting:
     """Which blocks run for a sample, and how much of their MLP (E-DiT).
 
     Attributes:
-        router: "lean", ours; "elastic-dit", laid out as the authors' released one, for their weights; or "drift", which needs
-            no training: the blocks whose residual moved most when last seen, times its age, run as far as the budget goes.
+        router: "lean", ours; "elastic-dit", laid out as the authors' released one, for their weights; or one that needs no
+            training: the blocks whose residual is oldest ("age"), or whose residual's age times how far it moved when last
+            seen is largest ("drift"), run as far as the budget goes.
         bottleneck: width of the router's hidden layer (128 in the released one).
         modulation_rank: rank of the lean router's modulation by timestep and condition.
         token_stride: the lean router reads every so-manieth token.
@@ -89,7 +90,7 @@ class BlockRouting:
             to tokens.
     """
 
-    router: Literal["lean", "elastic-dit", "drift"] = "lean"
+    router: Literal["lean", "elastic-dit", "age", "drift"] = "lean"
     bottleneck: int = 16
     modulation_rank: int = 4
     token_stride: int = 4
@@ -117,19 +118,24 @@ class BlockRouting:
         )
         _require(0 < self.threshold < 1, f"BlockRouting.threshold is {self.threshold}; give a probability in (0, 1).")
         _require(0 < self.share < 1, f"BlockRouting.share is {self.share}; give an exponent in (0, 1).")
-        _one_of("BlockRouting.router", self.router, ("lean", "elastic-dit", "drift"))
+        _one_of("BlockRouting.router", self.router, ("lean", "elastic-dit", "age", "drift"))
         _require(
-            self.router != "drift" or self.widths == (1.0,),
-            "BlockRouting.router='drift' knows no widths; give widths=(1.0,).",
+            self.learned or self.widths == (1.0,),
+            f"BlockRouting.router={self.router!r} knows no widths; give widths=(1.0,).",
         )
         _one_of("BlockRouting.start", self.start, ("full", "random"))
         _one_of("BlockRouting.cfg_gates", self.cfg_gates, ("cond", "each"))
         _one_of("BlockRouting.decide", self.decide, ("block", "step", "static"))
         _one_of("BlockRouting.closed", self.closed, ("pass", "reuse"))
         _require(
-            self.router != "drift" or self.closed == "pass",
-            "BlockRouting.router='drift' always reuses; closed='reuse' is about routers that are trained.",
+            self.learned or self.closed == "pass",
+            f"BlockRouting.router={self.router!r} always reuses; closed='reuse' is about routers that are trained.",
         )
+
+    @property
+    def learned(self) -> bool:
+        """Whether its router is trained."""
+        return self.router not in ("age", "drift")
 
 
 @dataclass(frozen=True)
@@ -217,12 +223,12 @@ class RoutingConfig:
             "RoutingConfig has neither tokens, blocks nor deltas: there is nothing to attach.",
         )
         drifting = (self.tokens is not None and (self.tokens.scores == "drift" or self.tokens.sees_drift)) or (
-            self.blocks is not None and self.blocks.router == "drift"
+            self.blocks is not None and not self.blocks.learned
         )
         _require(
             not drifting or self.reuse is not None,
-            "scores='drift', sees_drift and router='drift' go by the residuals of earlier steps; give RoutingConfig "
-            "reuse=Reuse() too.",
+            "scores='drift', sees_drift, router='age' and router='drift' go by the residuals of earlier steps; give "
+            "RoutingConfig reuse=Reuse() too.",
         )
         _require(
             self.blocks is None or self.blocks.closed == "pass" or self.reuse is not None,
@@ -250,7 +256,7 @@ class RoutingConfig:
         cls, keep: float = 0.6, *, compute: float | None = None, axis: Literal["tokens", "blocks", "both"] = "tokens",
         **reuse: Any,
     ) -> "RoutingConfig":  # fmt: skip
-        """Routing that needs no adapter: what moves runs, the rest adds its last residual.
+        """Routing that needs no adapter: tokens that move and blocks whose turn it is run, the rest adds its last residual.
 
         Args:
             keep: the budget in force once attached, for tokens alone; `set_budget` changes it.
@@ -262,7 +268,7 @@ class RoutingConfig:
         _require(axis == "tokens" or compute is not None, f"axis={axis!r} needs a budget of FLOPs: give compute=.")
         return cls(
             None if axis == "blocks" else TokenRouting(scores="drift", ratios="fixed"),
-            None if axis == "tokens" else BlockRouting(router="drift", widths=(1.0,)),
+            None if axis == "tokens" else BlockRouting(router="age", widths=(1.0,)),
             reuse=Reuse(**reuse),
             keep=keep if compute is None else 1.0,
             compute=compute,

@@ -14,7 +14,7 @@ from shivelight.cost import backbone_costs
 from shivelight.errors import BudgetError, ShivelightError, UnsupportedBackboneError
 from shivelight.execution.block_gates import BlockGates
 from shivelight.execution.context import GRID, Clock, StepContext
-from shivelight.execution.drift import DriftGates, DriftPlan
+from shivelight.execution.stale import StaleGates, StalePlan
 from shivelight.execution.folding import Delta, FoldedWeights
 from shivelight.execution.gate_plan import GatePlan
 from shivelight.execution.gates import Decision, Spending
@@ -98,10 +98,10 @@ class Routed(nn.Module):
             backbone_costs(model, spec), self.routed, 1 if config.tokens is None else config.tokens.granularity
         )
         self.gates: BlockGates | None = None
-        self.drift: DriftGates | None = None
-        if config.blocks is not None and config.blocks.router == "drift":
+        self.stale: StaleGates | None = None
+        if config.blocks is not None and not config.blocks.learned:
             assert config.reuse is not None
-            self.drift = DriftGates(config.blocks, config.reuse, self.planner)
+            self.stale = StaleGates(config.blocks, config.reuse, self.planner)
         elif config.blocks is not None:
             self.gates = BlockGates(model, spec, config.blocks, config.reuse, self.planner)
         reference = next(model.parameters())
@@ -143,7 +143,7 @@ class Routed(nn.Module):
             self._forget()
         if context.generation != generation or context.steps is None:
             self.spending = Spending()
-        for gates in (self.gates, self.drift):
+        for gates in (self.gates, self.stale):
             if gates is not None:
                 gates.begin(context)
 
@@ -155,7 +155,7 @@ class Routed(nn.Module):
     def _forget(self) -> None:
         """Drop what belongs to one generation."""
         self.residuals.clear()
-        for gates in (self.gates, self.drift):
+        for gates in (self.gates, self.stale):
             if gates is not None:
                 gates.clear()
 
@@ -245,8 +245,8 @@ class Routed(nn.Module):
         self.residuals = self._new_residuals()
         if self.gates is not None and config.blocks is not None:
             self.gates.configure(config.blocks, config.reuse)
-        if self.drift is not None and config.blocks is not None and config.reuse is not None:
-            self.drift = DriftGates(config.blocks, config.reuse, self.planner)
+        if self.stale is not None and config.blocks is not None and config.reuse is not None:
+            self.stale = StaleGates(config.blocks, config.reuse, self.planner)
 
     def enable(self, enabled: bool) -> None:
         """Routing and deltas on or off."""
@@ -304,7 +304,7 @@ class Routed(nn.Module):
         where nothing is known of them."""
         request = self.request(steps, tokens, text_tokens, budget)
         schedule = self.schedule(request)
-        gates = self.gates or self.drift
+        gates = self.gates or self.stale
         plan = None if gates is None else gates.plan(request, budget or self.budget, schedule.keep)
         if plan is None:
             return self.planner.planned_ratio(schedule, request)
@@ -326,9 +326,9 @@ class Routed(nn.Module):
         counts = self.kept_counts(block, batch, tokens, text_tokens)
         request, schedule, plan = self._asked(tokens, text_tokens)
         decisions = tuple(Decision("run", k) for k in counts)
-        if isinstance(plan, DriftPlan) and self.drift is not None:
+        if isinstance(plan, StalePlan) and self.stale is not None:
             row, context = schedule.row(self.context.step), self.context
-            decisions = self.drift.decide(
+            decisions = self.stale.decide(
                 block, batch, row, plan, context, lambda other: self._entry(other, x, text), request
             )
         elif isinstance(plan, GatePlan) and self.gates is not None:
@@ -345,13 +345,13 @@ class Routed(nn.Module):
         self._account(block, decisions if len(decisions) == batch else decisions * batch, request)
         return decisions[:1] if len(set(decisions)) == 1 else decisions
 
-    def _asked(self, tokens: int, text_tokens: int) -> tuple[Request, Schedule, GatePlan | DriftPlan | None]:
+    def _asked(self, tokens: int, text_tokens: int) -> tuple[Request, Schedule, GatePlan | StalePlan | None]:
         """The request of this generation, its schedule and the plan of its blocks, looked up once in a pass."""
         key = ("asked", tokens, text_tokens, self.budget)
         found = self.context.memo.get(key)
         if found is None:
             request = self.request(self.context.steps or GRID, tokens, text_tokens)
-            schedule, gates = self.schedule(request), self.gates or self.drift
+            schedule, gates = self.schedule(request), self.gates or self.stale
             plan = None if gates is None else gates.plan(request, self.budget, schedule.keep)
             found = self.context.memo[key] = request, schedule, plan
         return found

@@ -81,8 +81,8 @@ class Trainer:
     ) -> None:
         if routing.tokens is not None and routing.tokens.scores != "learned":
             raise TrainingError(f"scores={routing.tokens.scores!r} have nothing to train; use scores='learned'.")
-        if routing.blocks is not None and routing.blocks.router == "drift":
-            raise TrainingError("router='drift' has nothing to train; use router='lean'.")
+        if routing.blocks is not None and not routing.blocks.learned:
+            raise TrainingError(f"router={routing.blocks.router!r} has nothing to train; use router='lean'.")
         self.pipe, self.config, self.cache, self.out = pipe, config, cache, out
         self.accelerator = accelerator or Accelerator()
         self.backbone: Any = backbone_of(pipe).to(self.accelerator.device).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Block routing without training: the blocks whose residual moves run, the others add their last one; a static budget.
+"""Block routing without training: the blocks whose residuals are stalest run, the others add their last ones; a static budget.
 
 Shapes: B samples, N image tokens, D width, T steps, L routed blocks.
 """
@@ -17,10 +17,13 @@ from shivelight.execution.planning import Budget, Planner, Request
 from shivelight.execution.reuse import BlockResiduals
 
 Find = Callable[[int], BlockResiduals | None]
+# Steps after the warm-up get at least this share of their cost: with less, a longer warm-up costs more than it brings
+# (docs/decisions/training-free.md).
+_LEAST_AFTER = 1 / 3
 
 
 @dataclass(frozen=True)
-class DriftPlan:
+class StalePlan:
     """FLOPs that the routed blocks of one sample may take at each step [T], and what is left over goes to the next."""
 
     allotted: tuple[float, ...]
@@ -36,8 +39,11 @@ class DriftPlan:
         return len(self.allotted)
 
 
-class DriftGates:
-    """Which blocks run, by how far their residual moved when it was last computed, relative to its length, times its age.
+class StaleGates:
+    """Which blocks run: those whose residual is oldest, in the order of the backbone where ages are equal; or, with
+    router="drift", those whose age times how far the residual moved when it was last computed, over its length, is largest.
+
+    By age alone nothing is read from the device, and the runs are known before the first step.
 
     Args:
         config: of block routing; with cfg_gates="cond" the conditional branch's residuals decide for both.
@@ -60,7 +66,7 @@ class DriftGates:
         self._chosen = None
         self._saved = {}
 
-    def plan(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> DriftPlan | None:
+    def plan(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> StalePlan | None:
         """What a generation whose token schedule is `kept` may spend, or None where every block runs."""
         if budget.everything or budget.kind == "keep":
             return None
@@ -68,7 +74,7 @@ class DriftGates:
             ("drift", budget, request, self.reuse, tuple(kept)), lambda: self._solve(request, budget, kept)
         )
 
-    def _solve(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> DriftPlan:
+    def _solve(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> StalePlan:
         planner, steps = self.planner, len(kept)
         dense, always = planner.dense_flops(request.tokens, request.text_tokens)
         whole = [
@@ -83,19 +89,23 @@ class DriftGates:
                 f"compute={nearest}.",
                 nearest=nearest,
             )
-        # As much warm-up as was asked for and the budget allows; the steps after it share the rest by their own cost.
+
+        def rest(warm: int) -> float:
+            """The share of their cost that the steps after the warm-up get, by their own cost."""
+            return min(1.0, (left - math.fsum(whole[:warm])) / math.fsum(whole[warm:])) if warm < steps else 1.0
+
+        # As much warm-up as was asked for and leaves the steps after it enough.
         warm = max(1, math.ceil(self.reuse.warmup * steps))
-        while warm > 1 and math.fsum(whole[:warm]) > left:
+        while warm > 1 and (math.fsum(whole[:warm]) > left or rest(warm) < _LEAST_AFTER):
             warm -= 1
-        rest = min(1.0, (left - math.fsum(whole[:warm])) / math.fsum(whole[warm:])) if warm < steps else 1.0
-        return DriftPlan((*whole[:warm], *(rest * cost for cost in whole[warm:])))
+        return StalePlan((*whole[:warm], *(rest(warm) * cost for cost in whole[warm:])))
 
     def decide(
         self,
         block: int,
         batch: int,
         kept: Sequence[int],
-        plan: DriftPlan,
+        plan: StalePlan,
         context: StepContext,
         find: Find,
         request: Request,
@@ -125,7 +135,7 @@ class DriftGates:
         )
 
     def _choose(
-        self, samples: range, kept: Sequence[int], plan: DriftPlan, context: StepContext, find: Find, request: Request
+        self, samples: range, kept: Sequence[int], plan: StalePlan, context: StepContext, find: Find, request: Request
     ) -> list[set[int]]:
         """The blocks that run, for each sample: those that need it most, as far as the step's allotment goes."""
         needs, forced = self._needs(samples, context.step, find)
@@ -148,12 +158,13 @@ class DriftGates:
         return chosen
 
     def _needs(self, samples: range, step: int, find: Find) -> tuple[dict[int, list[float]], dict[int, list[bool]]]:
-        """How much each block needs to run, and whether it must, for each of the samples; one transfer for all blocks."""
+        """How much each block needs to run, and whether it must, for each of the samples."""
         entries = {block: find(block) for block in self.planner.routed}
-        moved = {block: entry.relative_drift() for block, entry in entries.items() if entry is not None}
-        drifts: dict[int, list[float]] = {}
-        if moved:
-            drifts = dict(zip(moved, torch.stack(list(moved.values())).tolist(), strict=True))
+        drifts: dict[int, list[float]] = {block: [1.0] * samples.stop for block in entries}
+        if self.config.router == "drift":
+            moved = {block: entry.relative_drift() for block, entry in entries.items() if entry is not None}
+            if moved:  # one transfer for all blocks
+                drifts |= dict(zip(moved, torch.stack(list(moved.values())).tolist(), strict=True))
         needs: dict[int, list[float]] = {}
         forced: dict[int, list[bool]] = {}
         for block, entry in entries.items():
