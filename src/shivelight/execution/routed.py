@@ -14,12 +14,12 @@ from shivelight.cost import backbone_costs
 from shivelight.errors import BudgetError, ShivelightError, UnsupportedBackboneError
 from shivelight.execution.block_gates import BlockGates
 from shivelight.execution.context import GRID, Clock, StepContext
-from shivelight.execution.stale import StaleGates, StalePlan
 from shivelight.execution.folding import Delta, FoldedWeights
 from shivelight.execution.gate_plan import GatePlan
 from shivelight.execution.gates import Decision, Spending
 from shivelight.execution.planning import Budget, Planner, Request
 from shivelight.execution.reuse import BlockResiduals, ResidualCache
+from shivelight.execution.stale import StaleGates, StalePlan
 from shivelight.routing import RatioPolicy, Schedule, TokenRouter
 
 NAME = "shivelight"
