@@ -116,7 +116,7 @@ def test_a_short_run_leaves_an_adapter_that_serves_budgets(
         sl.TokenRouting(sees_drift=True) if tokens else None, blocks, sl.DeltaConfig(rank=2), sl.Reuse()
     )
     trainer = make_trainer(routing=routing, rank_batches=1, calibration_batches=6, max_age=2, lr_router=0.1)
-    assert {draw.age for step in range(20) for draw in trainer._draws(step)} == {1, 2}
+    assert {draw.age for step in range(20) for draw in trainer.draws.at(step)} == {1, 2}
     folder = trainer.run()
     records = trainer.routed.gates.records
     assert records.filled == 6 * trainer.config.group_size

@@ -119,7 +119,7 @@ def test_a_short_run_with_reuse_leaves_an_adapter_that_reuses(
     routing = sl.RoutingConfig(sl.TokenRouting(sees_drift=True), deltas=sl.DeltaConfig(rank=2), reuse=sl.Reuse())
     trainer = make_trainer(routing=routing)
     folder = trainer.run()
-    assert trainer._earlier(0.5, 1) == pytest.approx(0.5 + 1 / 25) and trainer._earlier(0.99, 3) == 1.0
+    assert trainer.draws.earlier(0.5, 1) == pytest.approx(0.5 + 1 / 25) and trainer.draws.earlier(0.99, 3) == 1.0
     sl.set_budget(pipe, keep=0.6)
     trained = sample(pipe, ["a b"])
     trainer.close()

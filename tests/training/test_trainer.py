@@ -130,7 +130,7 @@ def test_the_teacher_is_the_dense_model_while_deltas_live(pipe, cache: LatentCac
 def test_the_teacher_of_a_step_sees_no_deltas(make_trainer: MakeTrainer) -> None:
     trainer, losses = make_trainer(), []
     for _ in range(2):
-        draw = trainer._draws()[0]
+        draw = trainer.draws.at(trainer.step)[0]
         draw.keep = 1.0  # every token runs, so that deltas are all that student and teacher can differ in
         losses.append(trainer._micro_batch("router", draw)["output"].item())
         for layer in trainer.deltas.layers.values():
@@ -147,7 +147,7 @@ def test_training_keeps_counts_that_inference_keeps(make_trainer: MakeTrainer) -
     trainer.backbone.transformer_blocks[2].norm1.register_forward_pre_hook(
         lambda _, arguments: seen.append(arguments[0].shape[1])
     )
-    wanted = [64 * draw.keep for draw in trainer._draws()]
+    wanted = [64 * draw.keep for draw in trainer.draws.at(trainer.step)]
     trainer.train_step()
     assert seen[::2] == [64] * 6, "the teacher runs everything"
     kept = seen[1::2]
@@ -215,7 +215,7 @@ def test_the_anchor_meets_every_target_on_average_over_timesteps(make_trainer: M
     for keep in (0.4, 0.8):
         rows = []
         for _ in range(40):
-            for draw in trainer._draws():
+            for draw in trainer.draws.at(trainer.step):
                 draw.keep = keep
                 rows.append(trainer._ratios("joint", draw))
             trainer.step += 1
@@ -239,7 +239,7 @@ class SpikyPolicy(torch.nn.Module):
 def test_no_policy_can_hide_its_tokens_between_the_points_of_a_grid(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(schedule_points=5)
     trainer.routed.policy = SpikyPolicy(1000 * (1 - torch.arange(5) / 5))
-    draws = [draw for step in range(20) for draw in trainer._draws(step)]
+    draws = [draw for step in range(20) for draw in trainer.draws.at(step)]
     for draw in draws:
         draw.keep = 0.5
     assert torch.cat([trainer._ratios("joint", draw) for draw in draws]).mean() < 0.6
@@ -247,7 +247,7 @@ def test_no_policy_can_hide_its_tokens_between_the_points_of_a_grid(make_trainer
 
 def test_timesteps_and_ratios_are_stratified_over_the_groups(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(groups=8)
-    draws, low = trainer._draws(), trainer.config.keep_low
+    draws, low = trainer.draws.at(trainer.step), trainer.config.keep_low
     assert sorted(int(d.sigma * 8) for d in draws) == list(range(8))
     width = (trainer.config.keep_high - low) / 8
     assert sorted(int((d.keep - low) / width) for d in draws) == list(range(8))
@@ -321,7 +321,7 @@ def test_two_processes_agree_on_budget_average_and_weights(tiny_folder: Path, im
                 cache = build_cache(pipe, read_folder(images), out / "cache", 32, 16)
             config = TrainingConfig(router_steps=1, policy_steps=2, joint_steps=1, groups=1, group_size=2, budget="loss")
             trainer = Trainer(pipe, RoutingConfig(deltas=DeltaConfig(rank=2, alpha=2.0)), config, cache, out, accelerator)
-            draws = trainer._draws()
+            draws = trainer.draws.at(trainer.step)
             drawn = [(d.sigma, d.keep) for d in draws], [torch.rand((), generator=d.generator).item() for d in draws]
             trainer.run()
             digest = float(sum(p.double().abs().sum() for p in trainer.routed.parameters()))

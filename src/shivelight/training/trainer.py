@@ -1,15 +1,12 @@
 """The trainer: student and teacher are one backbone; routers, policy and deltas learn; budgets are met by solving.
 
-A step is `groups` micro-batches. All samples of a micro-batch share one timestep, so they keep equally many tokens and the
-kept ones form a real, smaller batch; timesteps and keep ratios are stratified over the groups of all processes. Everything
-drawn is a function of (seed, step, group, process), so a resumed run is the uninterrupted one.
+A step is `groups` micro-batches, each drawn by `draws.py`.
 """
 
 import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from shivelight.routing import Dial, solve_anchor
 from shivelight.training import checkpoints
 from shivelight.training.data import LatentCache, Sample
 from shivelight.training.deltas import LiveDeltas
+from shivelight.training.draws import Draw, Draws
 from shivelight.training.estimators import anneal
 from shivelight.training.gates import gate_loss, width_loss
 from shivelight.training.losses import (
@@ -35,27 +33,10 @@ from shivelight.training.losses import (
     feature_distillation,
     flow_matching_loss,
     noisy_latents,
-    shift_sigmas,
-    stratified_ratios,
-    stratified_uniform,
 )
 from shivelight.training.ranking import rank_channels
 from shivelight.training.session import BlockSession, PassRecord, TeacherRecord, TokenSession
 from shivelight.training.stages import StageName, TrainingConfig
-
-
-@dataclass
-class Draw:
-    """What one micro-batch trains on: its own timestep, keep target, shift of the gates, age of what is reused, samples and
-    generator."""
-
-    sigma: float
-    keep: float
-    shift: float
-    age: int
-    indices: list[int]
-    dropped: list[bool]
-    generator: torch.Generator
 
 
 class Trainer:
@@ -97,9 +78,10 @@ class Trainer:
         self.averages = {
             name: BudgetLoss(reduce=self.accelerator.reduce).to(self.accelerator.device) for name in averaged
         }
-        scheduler = pipe.scheduler
-        shift = getattr(scheduler.config, "shift", 1.0) or 1.0
-        self._shift = 1.0 if getattr(scheduler.config, "use_dynamic_shifting", False) else float(shift)
+        dynamic = getattr(pipe.scheduler.config, "use_dynamic_shifting", False)
+        shift = 1.0 if dynamic else float(getattr(pipe.scheduler.config, "shift", 1.0) or 1.0)
+        processes = self.accelerator.num_processes, self.accelerator.process_index
+        self.draws = Draws(config, len(cache), shift, processes, self._shift_to_run)
         blocks = len(self.routed.planner.costs)
         chosen = {*range(config.feature_every - 1, blocks, config.feature_every), blocks - 1}
         self._features_at = tuple(sorted(chosen & set(self.routed.routed)))
@@ -191,7 +173,7 @@ class Trainer:
         self._train_only(stage)
         self.routed.train()
         totals: dict[str, float] = {}
-        for draw in self._draws():
+        for draw in self.draws.at(self.step):
             # Fresh deltas change nothing, so until they train nothing is spent on them.
             untouched = nullcontext() if stage == "joint" else self._deltas_off()
             try:
@@ -278,7 +260,7 @@ class Trainer:
             return {}
         passes = []
         for steps, context in ((draw.age, reuse.context and tokens), (draw.age + 1, False)):
-            sigmas = torch.full((len(clean),), self._earlier(draw.sigma, steps), device=clean.device)
+            sigmas = torch.full((len(clean),), self.draws.earlier(draw.sigma, steps), device=clean.device)
             record = PassRecord(self.backbone, self.routed.spec, self.routed.routed, context)
             self.routed.observer = record
             try:
@@ -293,12 +275,6 @@ class Trainer:
     def _blocks_reuse(self) -> bool:
         blocks = self.routed.config.blocks
         return blocks is not None and blocks.closed == "reuse"
-
-    def _earlier(self, sigma: float, steps: int) -> float:
-        """The noise level some sampling steps before this one; 1 at the earliest."""
-        plain = sigma / (self._shift - (self._shift - 1.0) * sigma)
-        plain = min(plain + steps / self.config.schedule_points, 1.0)
-        return float(shift_sigmas(torch.tensor(plain), self._shift))
 
     def _token_session(
         self, stage: StageName, draw: Draw, teacher: TeacherRecord, cached: dict[int, CachedPass]
@@ -348,22 +324,14 @@ class Trainer:
     def _calibrate(self) -> None:
         """Fill the records with what the trained routers say, at timesteps and budgets spread evenly: those of training were
         made by routers that still changed."""
-        gates, blocks, config = self.routed.gates, self.routed.config.blocks, self.config
-        if gates is None or blocks is None or not config.calibration_batches:
+        gates = self.routed.gates
+        if gates is None or not self.config.calibration_batches:
             return
-        generator = torch.Generator().manual_seed(_mix(config.seed, config.total_steps, 0))
-        batches = config.calibration_batches
-        sigmas = shift_sigmas(stratified_uniform(batches, generator), self._shift).clamp(min=1e-3)
-        # Without a range of its own the dial never moved in training; budgets will move it all the same.
-        low = config.keep_low if config.gate_low is None else config.gate_low
-        high = 1.0 if config.gate_high is None else config.gate_high
-        shares = stratified_ratios(batches, low, high, generator).tolist()
-        drawn = [self._draws(config.total_steps + batch)[0] for batch in range(batches)]
-        shifts = [self._shift_to_run(share, draw.age) for share, draw in zip(shares, drawn, strict=True)]
+        draws = self.draws.calibration()
         gates.records.clear()
-        for draw, sigma, shift in zip(drawn, sigmas.tolist(), shifts, strict=True):
+        for draw in draws:
             try:
-                self._micro_batch("joint", replace(draw, sigma=sigma, shift=shift))
+                self._micro_batch("joint", draw)
             finally:
                 self.routed.session = self.routed.gate_session = None
 
@@ -375,7 +343,7 @@ class Trainer:
         modules = self.routed.spec.block_list(self.backbone)
 
         def loss(batch: int) -> Tensor:
-            draw = self._draws(batch)[batch % self.config.groups]
+            draw = self.draws.at(batch)[batch % self.config.groups]
             sample, clean, noise, sigmas = self._noised(draw)
             return flow_matching_loss(self._velocity(noisy_latents(clean, noise, sigmas), sample, sigmas), clean, noise)
 
@@ -396,40 +364,8 @@ class Trainer:
         if stage == "policy" and self.config.logit_noise:
             logits = logits + self.config.logit_noise * torch.randn(logits.shape, generator=draw.generator).to(device)
         if self.config.budget == "anchor":
-            logits = logits + solve_anchor(policy(self._grid(draw.generator)), draw.keep)
+            logits = logits + solve_anchor(policy(self.draws.grid(draw.generator).to(device)), draw.keep)
         return torch.sigmoid(logits)
-
-    def _grid(self, generator: torch.Generator) -> Tensor:
-        """Timesteps of a generation, one from each of `schedule_points` intervals, drawn anew each time.
-
-        On fixed points the policy learns to keep little at just those, which raises the anchor and with it all that is
-        trained at any other timestep (docs/decisions/budget.md).
-        """
-        plain = stratified_uniform(self.config.schedule_points, generator)
-        return (1000 * shift_sigmas(plain, self._shift)).to(self.accelerator.device)
-
-    def _draws(self, step: int | None = None) -> list[Draw]:
-        """The micro-batches of this process in this step (or another)."""
-        step = self.step if step is None else step
-        config, accelerator = self.config, self.accelerator
-        count, world = config.groups * accelerator.num_processes, accelerator.num_processes
-        shared = torch.Generator().manual_seed(_mix(config.seed, step, 0))
-        # The end of the path (pure data) is no input that sampling ever sees.
-        sigmas = shift_sigmas(stratified_uniform(count, shared), self._shift).clamp(min=1e-3)
-        keeps = stratified_ratios(count, config.keep_low, config.keep_high, shared)
-        shares: list[float] | None = None
-        if config.stage(step)[0] == "joint" and config.gate_low is not None and config.gate_high is not None:
-            shares = stratified_ratios(count, config.gate_low, config.gate_high, shared).tolist()
-        draws = []
-        for group in range(config.groups):
-            place = group * world + accelerator.process_index
-            own = torch.Generator().manual_seed(_mix(config.seed, step, 1 + place))
-            indices = torch.randint(len(self.cache), (config.group_size,), generator=own).tolist()
-            dropped = (torch.rand(config.group_size, generator=own) < config.caption_drop).tolist()
-            age = 1 + int(torch.randint(config.max_age, (), generator=own))
-            shift = 0.0 if shares is None else self._shift_to_run(shares[place], age)
-            draws.append(Draw(float(sigmas[place]), float(keeps[place]), shift, age, indices, dropped, own))
-        return draws
 
     def _shift_to_run(self, share: float, age: int) -> float:
         """Shift of the dial at which this share of the gates is open, what they reuse being this many steps old; 0 without
@@ -543,12 +479,3 @@ class Trainer:
         if self.deltas is not None:
             self.deltas.remove()
         detach(self.pipe)
-
-
-def _mix(*parts: int) -> int:
-    """One 63-bit seed of several small numbers."""
-    value = 0x9E3779B97F4A7C15
-    for part in parts:
-        value = ((value ^ (part + 0x7F4A7C15)) * 0xBF58476D1CE4E5B9) % 2**64
-        value ^= value >> 31
-    return value % 2**63
