@@ -165,7 +165,8 @@ class Reuse:
         max_cache_mb: bound on the memory of the residuals, in units of 1e6 bytes; blocks whose residuals do not fit go
             without. They take blocks x samples x tokens x width x bytes per number, three times that with `context`.
         context: whether tokens that run also attend to the others, by the keys and values they last had.
-        warmup: share of the steps, at the start of a generation, that run everything; at least one step if above 0.
+        warmup: share of the steps, at the start of a generation, that run everything; at least one step if above 0, and
+            fewer where the budget would leave later steps less than a third of their cost.
         margin: a block whose router is at most this much above the threshold adds its last residual, if it has one;
             delta in E-DiT.
         max_reuses: how often in a row a block may do so before it runs again; K in E-DiT.

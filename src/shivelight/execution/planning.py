@@ -67,6 +67,26 @@ class Request:
         return self.tokens if self.attend_all else None
 
 
+# Steps after a warm-up get at least this share of their cost: with less, a longer warm-up costs more than it brings
+# (docs/decisions/training-free.md).
+LEAST_AFTER = 1 / 3
+
+
+def warm_steps(share: float, whole: Sequence[float], budget: float) -> int:
+    """How many steps run everything first: this share of them, or as many as leave the later ones `LEAST_AFTER` of their cost;
+    at least one if the share is above 0.
+
+    Args:
+        share: asked for.
+        whole: cost of running everything at each step.
+        budget: for all steps.
+    """
+    warm = math.ceil(share * len(whole))
+    while warm > 1 and budget - math.fsum(whole[:warm]) < LEAST_AFTER * math.fsum(whole[warm:]):
+        warm -= 1
+    return warm
+
+
 class Planner:
     """Schedules for a backbone, solved once for each distinct request.
 
@@ -117,12 +137,13 @@ class Planner:
         else:
             with torch.no_grad():
                 logits = policy(torch.tensor(steps, device=policy.bias.device)).float().cpu()
-        # A ratio of sigmoid(60) is 1.0 in float64.
-        logits[: math.ceil(request.warmup * len(steps))] = 60.0
+        dense, always = self.dense_flops(tokens, text_tokens)
+        share = budget.value if budget.kind == "keep" else (budget.value * dense - always) / (dense - always)
+        warm = warm_steps(request.warmup, [1.0] * len(steps), share * len(steps))
+        logits[:warm] = 60.0  # a ratio of sigmoid(60) is 1.0 in float64
         unit = count_unit(tokens, self.granularity)
         if budget.kind == "keep":
             return schedule_from_logits(logits, tokens, budget.value, unit)
-        dense, always = self.dense_flops(tokens, text_tokens)
         price = [self.costs[i] for i in self.routed]
         try:
             return schedule_within_cost(

@@ -13,13 +13,10 @@ from shivelight.config import BlockRouting, Reuse
 from shivelight.errors import BudgetError
 from shivelight.execution.context import StepContext
 from shivelight.execution.gates import Decision
-from shivelight.execution.planning import Budget, Planner, Request
+from shivelight.execution.planning import Budget, Planner, Request, warm_steps
 from shivelight.execution.reuse import BlockResiduals
 
 Find = Callable[[int], BlockResiduals | None]
-# Steps after the warm-up get at least this share of their cost: with less, a longer warm-up costs more than it brings
-# (docs/decisions/training-free.md).
-_LEAST_AFTER = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -89,16 +86,10 @@ class StaleGates:
                 f"compute={nearest}.",
                 nearest=nearest,
             )
-
-        def rest(warm: int) -> float:
-            """The share of their cost that the steps after the warm-up get, by their own cost."""
-            return min(1.0, (left - math.fsum(whole[:warm])) / math.fsum(whole[warm:])) if warm < steps else 1.0
-
-        # As much warm-up as was asked for and leaves the steps after it enough.
-        warm = max(1, math.ceil(self.reuse.warmup * steps))
-        while warm > 1 and (math.fsum(whole[:warm]) > left or rest(warm) < _LEAST_AFTER):
-            warm -= 1
-        return StalePlan((*whole[:warm], *(rest(warm) * cost for cost in whole[warm:])))
+        warm = max(1, warm_steps(self.reuse.warmup, whole, left))
+        # The steps after the warm-up share the rest by their own cost.
+        rest = min(1.0, (left - math.fsum(whole[:warm])) / math.fsum(whole[warm:])) if warm < steps else 1.0
+        return StalePlan((*whole[:warm], *(rest * cost for cost in whole[warm:])))
 
     def decide(
         self,
