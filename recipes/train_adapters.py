@@ -96,7 +96,11 @@ def main() -> None:
             RoutingConfig(None, deltas=deltas),
             dataclasses.replace(config, router_steps=0, policy_steps=0, joint_steps=config.total_steps),
         ),
-        "tokens-reuse": (RoutingConfig(TokenRouting(sees_drift=True), deltas=deltas, reuse=Reuse()), config),
+        # The router alone: with residuals to add, its weights help more than deltas or a policy do (docs/decisions/training-free.md).
+        "tokens-reuse": (
+            RoutingConfig(TokenRouting(sees_drift=True, ratios="fixed"), reuse=Reuse()),
+            dataclasses.replace(config, policy_steps=0, joint_steps=config.policy_steps + config.joint_steps),
+        ),
         # No policy to train; its steps go to the routers.
         "blocks": (
             RoutingConfig(None, BlockRouting(), deltas),
@@ -108,8 +112,8 @@ def main() -> None:
             dataclasses.replace(config, router_steps=config.router_steps + config.policy_steps, policy_steps=0),
         ),
         "both-refresh": (
-            RoutingConfig(TokenRouting(sees_drift=True), BlockRouting(closed="reuse"), deltas, Reuse()),
-            config,
+            RoutingConfig(TokenRouting(sees_drift=True, ratios="fixed"), BlockRouting(closed="reuse"), deltas, Reuse()),
+            dataclasses.replace(config, router_steps=config.router_steps + config.policy_steps, policy_steps=0),
         ),
     }
     for name, (routing, settings) in runs.items():

@@ -193,3 +193,14 @@ def test_debug_shows_the_traceback(run) -> None:  # noqa: ANN001
 def test_help_has_an_example(run, command: str) -> None:  # noqa: ANN001
     code, said, _ = run(command, "--help")
     assert code == 0 and "Example: shivelight" in said
+
+
+def test_reuse_trains_both_axes_with_residuals(run, images: Path, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: ANN001
+    steps = ("--router-steps", 1, "--joint-steps", 1, "--groups", 1, "--group-size", 2, "--rank", 0)
+    code, _, error = run(
+        "train", images, "--out", tmp_path / "run", "--pipeline", tiny_folder, "--method", "tokens+blocks", "--reuse",
+        "--ratios", "fixed", *steps, "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, error
+    config = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["routing"]
+    assert config["tokens"]["sees_drift"] and config["blocks"]["closed"] == "reuse" and config["reuse"] is not None

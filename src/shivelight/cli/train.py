@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from shivelight.cli import common
-from shivelight.config import BlockRouting, DeltaConfig, RoutingConfig, TokenRouting
+from shivelight.config import BlockRouting, DeltaConfig, Reuse, RoutingConfig, TokenRouting
 from shivelight.errors import DataError, TrainingError
 from shivelight.evaluation.results import new_results, new_row
 from shivelight.training.data import build_cache, read_folder
@@ -50,6 +50,9 @@ def train(
     ratios: Annotated[
         Literal["policy", "fixed"], typer.Option(help="Keep ratios per timestep and block, or one for all.")
     ] = "policy",
+    reuse: Annotated[
+        bool, typer.Option("--reuse", help="Train with the residuals of earlier steps, which all that is left out adds.")
+    ] = False,
     keep_low: Annotated[float, typer.Option(help="Lowest sampled keep ratio.")] = _DEFAULT.keep_low,
     keep_high: Annotated[float, typer.Option(help="Highest sampled keep ratio.")] = _DEFAULT.keep_high,
     gate_target: Annotated[
@@ -99,9 +102,10 @@ def train(
         checkpoint_every=checkpoint_every, preview_every=preview_every, seed=seed,
     )  # fmt: skip
     routing = RoutingConfig(
-        tokens=TokenRouting(ratios=ratios) if tokens else None,
-        blocks=BlockRouting() if blocks else None,
+        tokens=TokenRouting(ratios=ratios, sees_drift=reuse) if tokens else None,
+        blocks=BlockRouting(closed="reuse" if reuse else "pass") if blocks else None,
         deltas=DeltaConfig(rank, float(rank)) if rank else None,
+        reuse=Reuse() if reuse and routed else None,
     )
     found = read_folder(images)
     common.quiet_libraries()
