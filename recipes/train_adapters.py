@@ -96,7 +96,7 @@ def main() -> None:
             RoutingConfig(None, deltas=deltas),
             dataclasses.replace(config, router_steps=0, policy_steps=0, joint_steps=config.total_steps),
         ),
-        # The router alone: with residuals to add, its weights help more than deltas or a policy do (docs/decisions/training-free.md).
+        # The router alone: with residuals to add, neither deltas nor a policy brought more (docs/decisions/training-free.md).
         "tokens-reuse": (
             RoutingConfig(TokenRouting(sees_drift=True, ratios="fixed"), reuse=Reuse()),
             dataclasses.replace(config, policy_steps=0, joint_steps=config.policy_steps + config.joint_steps),

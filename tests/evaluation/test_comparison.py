@@ -300,7 +300,8 @@ def test_an_adapter_without_routing_is_not_one_of_the_adapters(comparison: Compa
 
 def test_what_cannot_serve_a_budget_without_training_is_left_out_and_said(comparison: Comparison) -> None:
     points, reasons = training_free_points(comparison, compute=0.35)
-    assert points == [] and len(reasons) == 2 and "training-free-blocks compute 0.35" in reasons[1]
-    assert "nearest" in reasons[1]
+    assert points == [] and len(reasons) == 3 and "training-free-blocks compute 0.35" in reasons[1]
+    assert all("nearest" in reason for reason in reasons)
     points, reasons = training_free_points(comparison, compute=0.9)
-    assert [point.method for point in points] == ["training-free", "training-free-blocks"] and reasons == []
+    assert [point.method for point in points] == ["training-free", "training-free-blocks", "training-free-both"]
+    assert reasons == []

@@ -171,7 +171,7 @@ def block_maps(comparison: Comparison, points: list[OperatingPoint]) -> list[tup
     maps = []
     captions = EmojiData().captions("test")
     for point in points:
-        if point.method not in ("blocks+reuse", "tokens+blocks+reuse"):
+        if not (is_ours(point.method) and "blocks" in point.method and point.method.endswith("+reuse")):
             continue
         for pattern in ("plain", "texture"):
             chosen = [str(c) for c in captions if c.background.pattern == pattern][:2]

@@ -51,7 +51,8 @@ def train(
         Literal["policy", "fixed"], typer.Option(help="Keep ratios per timestep and block, or one for all.")
     ] = "policy",
     reuse: Annotated[
-        bool, typer.Option("--reuse", help="Train with the residuals of earlier steps, which all that is left out adds.")
+        bool,
+        typer.Option("--reuse", help="Train with the residuals of earlier steps, which all that is left out adds."),
     ] = False,
     keep_low: Annotated[float, typer.Option(help="Lowest sampled keep ratio.")] = _DEFAULT.keep_low,
     keep_high: Annotated[float, typer.Option(help="Highest sampled keep ratio.")] = _DEFAULT.keep_high,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from shivelight.config import Reuse, RoutingConfig
 from shivelight.errors import BudgetError, ShivelightError
@@ -87,11 +88,12 @@ def method_name(config: RoutingConfig) -> str:
 
 
 def training_free_points(comparison: Comparison, **budget: float) -> tuple[list[OperatingPoint], list[str]]:
-    """Routing without training, of tokens and of blocks, at a budget; and why, where one of them cannot serve it."""
+    """Routing without training, of tokens, of blocks and of both, at a budget; and why, where one of them cannot serve it."""
     points, reasons = [], []
-    for axis in ("tokens", "blocks"):
-        if axis == "tokens" and comparison.routed.spec.no_tokens:
-            reasons.append(f"training-free tokens: {comparison.routed.spec.no_tokens}")
+    axes: tuple[Literal["tokens", "blocks", "both"], ...] = ("tokens", "blocks", "both")
+    for axis in axes:
+        if axis != "blocks" and comparison.routed.spec.no_tokens:
+            reasons.append(f"training-free {axis}: {comparison.routed.spec.no_tokens}")
             continue
         point = comparison.training_free(axis, **budget)
         try:

@@ -36,7 +36,9 @@ KNOWN = {
     FEWER_STEPS: MethodStyle(BLACK, "s", "--"),
     "tokens": MethodStyle(BLUE, "o"),
     "blocks": MethodStyle(GREEN, "^"),
+    "blocks-refresh": MethodStyle(GREEN, "v"),
     "tokens+blocks": MethodStyle(PURPLE, "D"),
+    "tokens+blocks-refresh": MethodStyle(PURPLE, "P"),
     "training-free": MethodStyle(VERMILION, "h"),
     "training-free-blocks": MethodStyle(VERMILION, "p"),
     "training-free-both": MethodStyle(VERMILION, "d"),
@@ -50,7 +52,10 @@ OTHERS = (
     MethodStyle(ORANGE, "p"),
     MethodStyle(PURPLE, "8"),
 )
-OURS = ("tokens", "blocks", "tokens+blocks", "training-free", "training-free-blocks", "training-free-both")
+OURS = (
+    "tokens", "blocks", "blocks-refresh", "tokens+blocks", "tokens+blocks-refresh",
+    "training-free", "training-free-blocks", "training-free-both",
+)  # fmt: skip
 
 
 def base_method(method: str) -> str:
