@@ -90,6 +90,15 @@ def main() -> None:
         width_target=args.width_target,
     )
     deltas = DeltaConfig(args.rank, float(args.rank))
+    refreshing = BlockRouting(closed="reuse", widths=(1.0,))
+    measured = dataclasses.replace(
+        config,
+        policy_steps=0,
+        joint_steps=config.policy_steps + config.joint_steps,
+        gate_signal="damage",
+        lr_router=3e-3,
+        lr_gates=5e-2,
+    )
     runs = {
         "tokens": (RoutingConfig(TokenRouting(), deltas=deltas), config),
         "dense-finetuned": (
@@ -106,14 +115,11 @@ def main() -> None:
             RoutingConfig(None, BlockRouting(), deltas),
             dataclasses.replace(config, router_steps=config.router_steps + config.policy_steps, policy_steps=0),
         ),
-        # Trained with the residuals of earlier steps, which closed gates add.
-        "blocks-refresh": (
-            RoutingConfig(None, BlockRouting(closed="reuse"), deltas, Reuse()),
-            dataclasses.replace(config, router_steps=config.router_steps + config.policy_steps, policy_steps=0),
-        ),
+        # Closed gates add the residuals of earlier steps, and learn what that costs.
+        "blocks-refresh": (RoutingConfig(None, refreshing, reuse=Reuse()), measured),
         "both-refresh": (
-            RoutingConfig(TokenRouting(sees_drift=True, ratios="fixed"), BlockRouting(closed="reuse"), deltas, Reuse()),
-            dataclasses.replace(config, router_steps=config.router_steps + config.policy_steps, policy_steps=0),
+            RoutingConfig(TokenRouting(sees_drift=True, ratios="fixed"), refreshing, reuse=Reuse()),
+            measured,
         ),
     }
     for name, (routing, settings) in runs.items():

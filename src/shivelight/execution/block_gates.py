@@ -16,7 +16,7 @@ from shivelight.errors import BudgetError, UnsupportedBackboneError
 from shivelight.execution.context import GRID, StepContext
 from shivelight.execution.gate_plan import GatePlan, GatePlanner, aged
 from shivelight.execution.gates import Cap, Decision, RouterOutputs, choose_action, choose_width
-from shivelight.execution.planning import Budget, Planner, Request
+from shivelight.execution.planning import Budget, Planner, Request, warm_steps
 from shivelight.execution.reuse import BlockResiduals
 from shivelight.execution.width import NarrowMlps
 from shivelight.routing import BLOCK_ROUTERS, Dial, GateRecords
@@ -47,11 +47,10 @@ class BlockGates(nn.Module):
         if config.router == "lean":
             options |= {"modulation_rank": config.modulation_rank, "token_stride": config.token_stride}
         self.router = BLOCK_ROUTERS[config.router](*spec.widths(model), planner.routed, **options)
-        # Where closed gates reuse: what the log of the residual's age adds to the gate's logit. A fresh router's gates open by
-        # age alone, as in routing without training.
+        # Where closed gates reuse: what the log of the residual's age adds to the gate's logit; see training/damage.py for 3.
         self.age_slopes: nn.Parameter | None = None
         if config.closed == "reuse":
-            self.age_slopes = nn.Parameter(torch.ones(len(planner.routed)))
+            self.age_slopes = nn.Parameter(torch.full((len(planner.routed),), 3.0))
         self.records = GateRecords(len(planner.routed), len(config.widths))
         self.outputs = RouterOutputs(config)
         self.cap: tuple[Budget, Cap] | None = None
@@ -128,7 +127,8 @@ class BlockGates(nn.Module):
 
     def _solve(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> GatePlan:
         if budget.threshold is not None and self.records.filled == 0 and self.config.decide != "static":
-            return GatePlan(Dial(budget.threshold), None, 1, slopes=self._slopes())
+            first = self._first_reuse(request, budget, kept)
+            return GatePlan(Dial(budget.threshold), None, 1, slopes=self._slopes(), first=first)
         planner = self._gate_planner(request, budget, kept)
         if budget.threshold is not None:
             return planner.plan(0.0)
@@ -148,16 +148,33 @@ class BlockGates(nn.Module):
             request.text_tokens,
             request.attended,
             budget.threshold or config.threshold,
-            None if reuse is None or bare else (reuse.margin, reuse.max_reuses, self._first_reuse(len(kept))),
+            None
+            if reuse is None or bare
+            else (reuse.margin, reuse.max_reuses, self._first_reuse(request, budget, kept)),
             config.decide,
             [block in (self._whole or ()) for block in self.planner.routed],
             request.tokens,
             self._slopes(),
         )
 
-    def _first_reuse(self, steps: int) -> int:
+    def _first_reuse(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> int:
         """The first step at which a block may add its last residual."""
-        return 0 if self.reuse is None else math.ceil(self.reuse.blocks_after * steps)
+        reuse, planner, steps = self.reuse, self.planner, len(kept)
+        if reuse is None or request.steps is GRID:
+            return 0
+        first = math.ceil(reuse.blocks_after * steps)
+        if self.config.closed == "pass" or budget.threshold is not None:
+            return first
+        # Where all that is closed reuses, the first steps run everything, as far as the budget goes.
+        dense, always = planner.dense_flops(request.tokens, request.text_tokens)
+        whole = [
+            math.fsum(
+                planner.costs[block].flops(k, request.text_tokens, attended=request.attended)
+                for block, k in zip(planner.routed, row, strict=True)
+            )
+            for row in kept
+        ]
+        return max(first, warm_steps(reuse.warmup, whole, (budget.value * dense - always) * steps))
 
     def _left(self, planner: GatePlanner, request: Request, budget: Budget) -> float:
         """FLOPs that routed blocks may take in a generation, over all steps of the planner."""
@@ -200,11 +217,12 @@ class BlockGates(nn.Module):
             # Nothing is known yet: run, at the full width, as a NaN does.
             logits = [[math.nan] * (1 + len(self.config.widths))] * len(counts)
         margin = 0.0 if self.reuse is None else self.reuse.margin
-        if context.steps is not None and context.step < self._first_reuse(len(context.steps)):
+        if context.steps is not None and context.step < plan.first:
             entry = None
         if plan.slopes is not None and entry is not None:
             slope, step = plan.slopes[self.planner.routed.index(block)], context.step
-            logits = [[own[0] + aged(slope, entry.age(i, step)), *own[1:]] for i, own in enumerate(logits)]
+            more = plan.offsets[step] if plan.offsets else 0.0
+            logits = [[own[0] + more + aged(slope, entry.age(i, step)), *own[1:]] for i, own in enumerate(logits)]
         shifts = None if cap is None else cap.shift(context.call, context.step, len(counts))
         decisions = []
         for sample, (own, kept) in enumerate(zip(logits, counts, strict=True)):

@@ -32,6 +32,9 @@ class TrainingConfig:
         gate_weight: weight of both losses on them (lambda; 1 in the paper).
         gate_low, gate_high: range of the share of gates that are open in the joint stage: each micro-batch moves the dial to
             a share drawn from it, so that one adapter serves every budget. Both None is the paper's: the dial never moves.
+        gate_signal: what gates learn from: "gradient", straight through the routed pass, is the paper's; "damage" is measured,
+            block by block, where closed gates reuse and no deltas change the blocks meanwhile (see training/damage.py).
+        damage_blocks: blocks of a micro-batch of which the damage is measured, one forward pass each.
         max_age: how many steps old the residuals are, at most, that are simulated for what is trained with reuse.
         calibration_batches: micro-batches, after the last step, of which the routers' records are made; 0 keeps those of
             the last steps.
@@ -72,6 +75,8 @@ class TrainingConfig:
     gate_weight: float = 1.0
     gate_low: float | None = 0.35
     gate_high: float | None = 1.0
+    gate_signal: Literal["gradient", "damage"] = "gradient"
+    damage_blocks: int = 3
     max_age: int = 3
     rank_batches: int = 8
     calibration_batches: int = 64
@@ -93,7 +98,15 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("router_steps", "policy_steps", "joint_steps", "warmup", "preview_every"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; give 0 or more.")
-        for name in ("groups", "group_size", "feature_every", "schedule_points", "checkpoint_every", "max_age"):
+        for name in (
+            "groups",
+            "group_size",
+            "feature_every",
+            "schedule_points",
+            "checkpoint_every",
+            "max_age",
+            "damage_blocks",
+        ):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; give 1 or more.")
         _require(self.total_steps > 0, "All three stages have 0 steps: there is nothing to train.")
         _require(
@@ -112,6 +125,9 @@ class TrainingConfig:
         _require(0 < self.target < 1, f"target is {self.target}; give a keep ratio in (0, 1).")
         _require(0 <= self.caption_drop < 1, f"caption_drop is {self.caption_drop}; give a share in [0, 1).")
         _require(self.estimator in ("residual", "input"), f"estimator is {self.estimator!r}; residual or input.")
+        _require(
+            self.gate_signal in ("gradient", "damage"), f"gate_signal is {self.gate_signal!r}; gradient or damage."
+        )
         _require(self.budget in ("anchor", "loss"), f"budget is {self.budget!r}; anchor or loss.")
 
     @property

@@ -23,6 +23,7 @@ from shivelight.errors import TrainingError
 from shivelight.execution.reuse import CachedPass
 from shivelight.routing import Dial, solve_anchor
 from shivelight.training import checkpoints
+from shivelight.training.damage import GateReading, OneClosed, damage_loss, log_damage
 from shivelight.training.data import LatentCache, Sample
 from shivelight.training.deltas import LiveDeltas
 from shivelight.training.draws import Draw, Draws
@@ -62,6 +63,15 @@ class Trainer:
     ) -> None:
         if routing.tokens is not None and routing.tokens.scores != "learned":
             raise TrainingError(f"scores={routing.tokens.scores!r} have nothing to train; use scores='learned'.")
+        if config.gate_signal == "damage" and (
+            routing.blocks is None or routing.blocks.closed != "reuse" or routing.deltas is not None
+        ):
+            raise TrainingError(
+                "gate_signal='damage' measures what it costs to reuse the residuals of the backbone's own blocks: give "
+                "BlockRouting(closed='reuse') and no deltas."
+            )
+        if routing.blocks is not None and len(routing.blocks.widths) > 1 and config.gate_signal == "damage":
+            raise TrainingError("gate_signal='damage' says nothing about widths; give BlockRouting(widths=(1.0,)).")
         if routing.blocks is not None and not routing.blocks.learned:
             raise TrainingError(f"router={routing.blocks.router!r} has nothing to train; use router='lean'.")
         self.pipe, self.config, self.cache, self.out = pipe, config, cache, out
@@ -214,19 +224,26 @@ class Trainer:
         sample, clean, noise, sigmas = self._noised(draw)
         noisy = noisy_latents(clean, noise, sigmas)
         teacher = TeacherRecord(self._features_at)
+        reading = GateReading(self.routed, teacher) if config.gate_signal == "damage" else None
         with torch.no_grad(), self.routed.switched(False), self._deltas_off():
-            self.routed.observer = teacher
+            self.routed.observer = reading or teacher
             try:
                 wanted = self._velocity(noisy, sample, sigmas)
             finally:
                 self.routed.observer = None
         cached = self._cached_pass(draw, sample, clean, noise)
+        losses: dict[str, Tensor] = {}
+        total = torch.zeros((), device=clean.device)
+        if reading is not None:
+            losses["damage"] = total = self._damage(draw, reading, (noisy, sample, sigmas), wanted, cached)
+            if self.routed.config.tokens is None:
+                return {"total": total} | {name: value.detach() for name, value in losses.items()}
         session = self._token_session(stage, draw, teacher, cached)
-        gating = self._block_session(draw, teacher, cached)
+        gating = self._block_session(draw, teacher, cached) if reading is None else None
         self.routed.session, self.routed.gate_session = session, gating
         velocity = self._velocity(noisy, sample, sigmas)
-        losses = {"output": F.mse_loss(velocity.float(), wanted.float())}
-        total = config.output_weight * losses["output"]
+        losses["output"] = F.mse_loss(velocity.float(), wanted.float())
+        total = total + config.output_weight * losses["output"]
         features = session.features if gating is None and session is not None else getattr(gating, "features", {})
         if features and config.feature_weight:
             student = [features[block] for block in self._features_at]
@@ -248,8 +265,42 @@ class Trainer:
                     gating.width_ratios(), gating.would_run(), config.width_target, self.averages["width_loss"]
                 )
             total = total + config.gate_weight * bounds
-            self._record(gating, 1000 * sigmas)
+            gate = torch.stack([own.gate for own in gating.logits.values()], dim=1)
+            if gating.raised:  # records are of residuals of one step's age, which raises nothing
+                gate = gate - torch.stack(list(gating.raised.values()))
+            width = torch.stack([own.width for own in gating.logits.values()], dim=1)
+            self._record(1000 * sigmas, gate, width, gating.dial.shift)
         return {"total": total} | {name: value.detach() for name, value in losses.items()}
+
+    def _damage(
+        self,
+        draw: Draw,
+        reading: GateReading,
+        inputs: tuple[Tensor, Sample, Tensor],
+        wanted: Tensor,
+        cached: dict[int, CachedPass],
+    ) -> Tensor:
+        """The loss of the routers' predictions, on a few blocks; what all of them said is recorded."""
+        gates = self.routed.gates
+        assert gates is not None
+        raised = gates.raised(draw.age)
+        assert raised is not None
+        routed = self.routed.routed
+        places = torch.randperm(len(routed), generator=draw.generator)[: self.config.damage_blocks].tolist()
+        losses = []
+        for place in places:
+            block = routed[place]
+            self.routed.gate_session = OneClosed(block, cached[block])
+            try:
+                with torch.no_grad():
+                    damage = log_damage(wanted, self._velocity(*inputs))
+            finally:
+                self.routed.gate_session = None
+            losses.append(damage_loss(reading.logits[block][:, 0] + raised[place], damage, draw.age))
+        logits = torch.stack([reading.logits[block] for block in routed], dim=1)
+        # What a router says of the dense pass does not depend on the dial.
+        self._record(1000 * inputs[2], logits[..., 0], logits[..., 1:], 0.0)
+        return torch.stack(losses).mean()
 
     @torch.no_grad()
     def _cached_pass(self, draw: Draw, sample: Sample, clean: Tensor, noise: Tensor) -> dict[int, CachedPass]:
@@ -259,7 +310,8 @@ class Trainer:
         if reuse is None or not (tokens or self._blocks_reuse):
             return {}
         passes = []
-        for steps, context in ((draw.age, reuse.context and tokens), (draw.age + 1, False)):
+        # Only tokens go by how far a residual had moved, which takes a second pass.
+        for steps, context in ((draw.age, reuse.context and tokens), (draw.age + 1, False))[: 1 + tokens]:
             sigmas = torch.full((len(clean),), self.draws.earlier(draw.sigma, steps), device=clean.device)
             record = PassRecord(self.backbone, self.routed.spec, self.routed.routed, context)
             self.routed.observer = record
@@ -269,7 +321,7 @@ class Trainer:
             finally:
                 self.routed.observer = None
             passes.append(record)
-        return passes[0].aged(passes[1], draw.age)
+        return passes[0].aged(passes[-1], draw.age)
 
     @property
     def _blocks_reuse(self) -> bool:
@@ -308,17 +360,14 @@ class Trainer:
         raised = dict(zip(self.routed.routed, gates.raised(draw.age), strict=True))
         return BlockSession(teacher, blocks.widths, orders, dial, cached, raised)
 
-    def _record(self, gating: BlockSession, timesteps: Tensor) -> None:
-        """Keep the routers' logits: budgets are solved by them."""
+    @torch.no_grad()
+    def _record(self, timesteps: Tensor, gate: Tensor, width: Tensor, shift: float) -> None:
+        """Keep the routers' logits [B, L] and [B, L, S]: budgets are solved by them."""
         gates = self.routed.gates
         assert gates is not None
-        gate = torch.stack([own.gate.detach() for own in gating.logits.values()], dim=1)
-        width = torch.stack([own.width.detach() for own in gating.logits.values()], dim=1)
+        values = (timesteps, gate.detach(), width.detach(), torch.full_like(timesteps, shift))
         # Of all processes: the dial is turned by them, and a checkpoint holds those of one process for all.
-        if gating.raised:  # records are of residuals of one step's age, which raises nothing
-            gate = gate - torch.stack(list(gating.raised.values())).detach()
-        shift = torch.full_like(timesteps, gating.dial.shift)
-        gates.records.add(*(self.accelerator.gather(value.contiguous()) for value in (timesteps, gate, width, shift)))
+        gates.records.add(*(self.accelerator.gather(value.contiguous()) for value in values))
 
     @torch.no_grad()
     def _calibrate(self) -> None:
