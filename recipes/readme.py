@@ -89,7 +89,7 @@ def grids() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     paste(comparison.pictures(comparison.dense(), captions), 8).save(folder / "dense-32.png")
     plan = planned_compute(comparison, 0.6)
-    blocks = adapter_points(comparison, read_adapter(pipe, embedded.BLOCKS), ablations=False, compute=plan)
+    blocks = adapter_points(comparison, read_adapter(pipe, embedded.REFRESHING), ablations=False, compute=plan)
     reusing = adapter_points(comparison, read_adapter(pipe, embedded.REUSING), compute=plan)
     points = [comparison.dense(), blocks[-1], *reusing, comparison.tokens(0.6)]
     print("grid.png, top to bottom:", ", ".join(point.name for point in points))

@@ -17,7 +17,9 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from shivelight.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+import shivelight as sl
+from shivelight.adapter import routed_of
+from shivelight.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from shivelight.cli import common
 from shivelight.cli.train import run_with_progress
 from shivelight.config import BlockRouting, DeltaConfig, Reuse, RoutingConfig, TokenRouting
@@ -27,6 +29,9 @@ from shivelight.files import replacing
 from shivelight.training.data import build_cache, read_folder
 from shivelight.training.stages import TrainingConfig
 from shivelight.training.trainer import Trainer
+
+# Joined from two of the others.
+JOINED = "tokens+blocks-refresh"
 
 
 def train(name: str, routing: RoutingConfig, config: TrainingConfig, source: Path, work: Path, pictures: int) -> Path:
@@ -42,6 +47,21 @@ def train(name: str, routing: RoutingConfig, config: TrainingConfig, source: Pat
     tail = trainer.history[-50:]
     print({key: round(sum(r[key] for r in tail) / len(tail), 5) for key in tail[-1] if key != "step"})
     return folder
+
+
+def join(tokens: Path, blocks: Path, source: Path, out: Path) -> Path:
+    """One adapter with the token router of one and the block routers of another: both were trained on the backbone's own
+    weights, which neither changes."""
+    pipe = embedded.open_pipeline(source, "cpu", torch.float32)
+    (first, _), (second, _) = read_adapter(pipe, tokens), read_adapter(pipe, blocks)
+    sl.attach(pipe, RoutingConfig(first.config.tokens, second.config.blocks, reuse=second.config.reuse))
+    joined = routed_of(pipe)
+    assert (
+        joined.router is not None and joined.gates is not None and first.router is not None and second.gates is not None
+    )
+    joined.router.load_state_dict(first.router.state_dict())
+    joined.gates.load_state_dict(second.gates.state_dict())
+    return sl.save_adapter(pipe, out)
 
 
 def ship(folder: Path, target: Path) -> int:
@@ -71,7 +91,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         action="append",
-        choices=["tokens", "dense-finetuned", "tokens-reuse", "blocks", "blocks-refresh", "both-refresh"],
+        choices=["tokens", "dense-finetuned", "tokens-reuse", "blocks", "blocks-refresh", JOINED],
         help="repeat it; tokens and dense-finetuned by default",
     )
     parser.add_argument("--gate-target", type=float, default=0.5)
@@ -117,15 +137,15 @@ def main() -> None:
         ),
         # Closed gates add the residuals of earlier steps, and learn what that costs.
         "blocks-refresh": (RoutingConfig(None, refreshing, reuse=Reuse()), measured),
-        "both-refresh": (
-            RoutingConfig(TokenRouting(sees_drift=True, ratios="fixed"), refreshing, reuse=Reuse()),
-            measured,
-        ),
     }
     for name, (routing, settings) in runs.items():
         if name in (args.only or ("tokens", "dense-finetuned")):
             folder = train(name, routing, settings, args.pipeline, args.work, args.pictures)
             print(f"{name}: {ship(folder, args.out / name) / 1e6:.2f} MB in {args.out / name}")
+    if JOINED in (args.only or ()):
+        parts = [args.work / name / "adapter" for name in ("tokens-reuse", "blocks-refresh")]
+        folder = join(*parts, args.pipeline, args.work / JOINED / "adapter")
+        print(f"{JOINED}: {ship(folder, args.out / JOINED) / 1e6:.2f} MB in {args.out / JOINED}")
 
 
 if __name__ == "__main__":

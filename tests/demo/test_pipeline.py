@@ -65,7 +65,7 @@ def test_the_other_shipped_adapters_meet_a_budget(shipped, folder: Path) -> None
     sl.load_adapter(shipped, folder)
     try:
         sl.set_budget(shipped, compute=0.75)
-        assert torch.isfinite(draw(shipped)).all()
+        assert torch.isfinite(draw(shipped, steps=8)).all()
         assert 0.5 < routed_of(shipped).spending.ratio < 0.95  # gates are per sample: the budget is met on average
     finally:
         sl.detach(shipped)

@@ -13,7 +13,6 @@ from tiny import tiny_inputs
 
 import shivelight as sl
 from shivelight.adapter import routed_of
-from shivelight.execution.gate_plan import step_offsets
 from shivelight.training.damage import GateReading, OneClosed, damage_loss, log_damage
 from shivelight.training.session import PassRecord, TeacherRecord
 from shivelight.training.trainer import Trainer
@@ -65,12 +64,6 @@ def test_the_loss_is_least_at_damage_times_age() -> None:
     assert loss == 0
     damage_loss(logits + torch.tensor([0.1, -0.2]), damage, 2).backward()
     torch.testing.assert_close(logits.grad, torch.tensor([0.05, -0.1]))
-
-
-def test_a_step_counts_by_the_square_of_its_size() -> None:
-    offsets = step_offsets([1000.0, 800.0, 500.0, 400.0])  # steps of 200, 300, 100 and 400
-    assert offsets == pytest.approx([2 * math.log(size / 250) for size in (200, 300, 100, 400)])
-    assert step_offsets([0.0]) == (0.0,)
 
 
 @pytest.mark.parametrize("tokens", [False, True])

@@ -69,7 +69,7 @@ def demo(
     points = references(comparison, read_deltas(pipe, embedded.FINETUNED))
     points += token_points(comparison, KEEPS, (0.6,))
     compute = planned_compute(comparison, 0.6)
-    for other in (read_adapter(pipe, folder) for folder in embedded.OTHERS):
+    for other in (read_adapter(pipe, folder) for folder in embedded.OTHERS if folder != embedded.BLOCKS):
         budget = {"keep": 0.6} if other[0].config.blocks is None else {"compute": compute}
         points += adapter_points(comparison, other, ablations=False, **budget)[-1:]  # with reuse
     points.append(comparison.training_free("blocks", compute=compute))

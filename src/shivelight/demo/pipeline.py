@@ -13,9 +13,10 @@ ADAPTER = FOLDER / "adapters" / "tokens"
 FINETUNED = FOLDER / "adapters" / "dense-finetuned"
 REUSING = FOLDER / "adapters" / "tokens-reuse"
 BLOCKS = FOLDER / "adapters" / "blocks"
-BOTH = FOLDER / "adapters" / "tokens+blocks"
+REFRESHING = FOLDER / "adapters" / "blocks-refresh"
+BOTH = FOLDER / "adapters" / "tokens+blocks-refresh"
 # What stands beside the first in a table.
-OTHERS = tuple(folder for folder in (REUSING, BLOCKS, BOTH) if folder.is_dir())
+OTHERS = tuple(folder for folder in (REUSING, BLOCKS, REFRESHING, BOTH) if folder.is_dir())
 TEXT_TOKENS = 16
 STEPS = 25
 GUIDANCE = 4.0

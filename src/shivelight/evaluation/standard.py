@@ -29,6 +29,9 @@ def token_points(
     points = []
     reuses = "+reuse" if comparison.routed.config.reuse is not None else ""
     baselines: dict[str, Variant] = {"fixed": {}, "random": {"scores": "random"}, "norm": {"scores": "norm"}}
+    tokens = comparison.routed.config.tokens
+    if tokens is not None and tokens.ratios == "fixed":
+        del baselines["fixed"]  # it is the adapter itself
     for keep in keeps:
         points += adapter_points(comparison, None, keep=keep)
         if keep in baseline_keeps:

@@ -221,8 +221,7 @@ class BlockGates(nn.Module):
             entry = None
         if plan.slopes is not None and entry is not None:
             slope, step = plan.slopes[self.planner.routed.index(block)], context.step
-            more = plan.offsets[step] if plan.offsets else 0.0
-            logits = [[own[0] + more + aged(slope, entry.age(i, step)), *own[1:]] for i, own in enumerate(logits)]
+            logits = [[own[0] + aged(slope, entry.age(i, step)), *own[1:]] for i, own in enumerate(logits)]
         shifts = None if cap is None else cap.shift(context.call, context.step, len(counts))
         decisions = []
         for sample, (own, kept) in enumerate(zip(logits, counts, strict=True)):

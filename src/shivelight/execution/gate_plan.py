@@ -29,7 +29,6 @@ class GatePlan:
         logits: static mode: (gate logits [T][L], width logits [T][L][S]) that decide, the records' means; else None.
         slopes: what the log of a residual's age adds to its block's gate logit [L]; None where closed gates pass by.
         first: the first step at which a block may add its last residual.
-        offsets: what the size of each step adds to all gate logits [T], where closed gates reuse; none where they pass by.
     """
 
     dial: Dial
@@ -38,15 +37,6 @@ class GatePlan:
     logits: tuple[list[list[float]], list[list[list[float]]]] | None = None
     slopes: tuple[float, ...] | None = None
     first: int = 0
-    offsets: tuple[float, ...] = ()
-
-
-def step_offsets(steps: Sequence[float]) -> tuple[float, ...]:
-    """What the size of each step adds to gate logits that stand for the log of a squared error of the velocity [T]: the step
-    multiplies the error, so twice the log of its size, over the mean size; steps are timesteps, the last one goes to 0."""
-    gaps = [abs(here - there) for here, there in zip(steps, [*steps[1:], 0.0], strict=True)]
-    mean = math.fsum(gaps) / len(gaps)
-    return tuple(2.0 * math.log(max(gap / mean, 1e-2)) if mean > 0 else 0.0 for gap in gaps)
 
 
 def aged(slope: float, age: int) -> float:
@@ -90,13 +80,13 @@ class GatePlanner:
         slopes: tuple[float, ...] | None = None,
     ) -> None:
         self.gate, self.width, self.recorded_at = records.near(steps)
-        self.slopes, self.offsets = slopes, () if slopes is None else step_offsets(steps)
+        self.slopes = slopes
         self.static, self.late, self.threshold, self.reuse = decide == "static", decide == "step", threshold, reuse
         self.all_tokens = torch.tensor([[k == tokens for k in row] for row in kept])  # [T, L]
         self.gate, self.width = self.gate.double(), self.width.double()  # as the decisions are taken
         largest = max(float(logits.nan_to_num(0.0).abs().max()) for logits in (self.gate, self.width))
         if slopes is not None and reuse is not None:
-            largest += max(abs(aged(slope, reuse[1])) for slope in slopes) + max(map(abs, self.offsets))
+            largest += max(abs(aged(slope, reuse[1])) for slope in slopes)
         # Shifts between which gates open and close, and beyond which nothing changes any more.
         self.reach, self.farthest = 12.0 + largest, 60.0 + 2.0 * largest
         prices = [
@@ -166,7 +156,6 @@ class GatePlanner:
             return torch.ones_like(gate)
         _, most, first = self.reuse
         # [ages, T, W, L]: whether a residual that is 1, ..., most steps old opens the gate; an older one may not serve.
-        gate = gate + torch.tensor(self.offsets, dtype=torch.float64)[:, None, None]
         raised = [
             torch.tensor([aged(slope, age) for slope in slopes], dtype=torch.float64) for age in range(1, most + 1)
         ]
@@ -199,7 +188,7 @@ class GatePlanner:
         logits = (gate[:, 0].tolist(), width[:, 0].tolist()) if self.static else None
         cost = float(self.cost_by_step(shift).sum())
         first = 0 if self.reuse is None else self.reuse[2]
-        return GatePlan(Dial(self.threshold, shift), cost, self.steps, logits, self.slopes, first, self.offsets)
+        return GatePlan(Dial(self.threshold, shift), cost, self.steps, logits, self.slopes, first)
 
     def solve(self, budget: float) -> GatePlan:
         """The largest shift whose expected cost is within `budget` FLOPs of the routed blocks, at least `least`."""
