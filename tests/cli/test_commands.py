@@ -195,6 +195,18 @@ def test_help_has_an_example(run, command: str) -> None:  # noqa: ANN001
     assert code == 0 and "Example: shivelight" in said
 
 
+def test_damage_trains_block_routers_alone(run, images: Path, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: ANN001
+    steps = ("--router-steps", 1, "--joint-steps", 2, "--groups", 1, "--group-size", 2, "--gate-signal", "damage")
+    where = ("train", images, "--pipeline", tiny_folder, "--method", "blocks", "--device", "cpu", *steps)
+    code, _, error = run(*where, "--out", tmp_path / "without")
+    assert code == 1 and "give BlockRouting(closed='reuse')" in error
+    code, _, error = run(*where, "--reuse", "--out", tmp_path / "run")
+    assert code == 0, error
+    config = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert config["routing"]["deltas"] is None and config["routing"]["blocks"]["widths"] == [1.0]
+    assert config["training"]["config"]["gate_signal"] == "damage"
+
+
 def test_reuse_trains_both_axes_with_residuals(run, images: Path, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: ANN001
     steps = ("--router-steps", 1, "--joint-steps", 1, "--groups", 1, "--group-size", 2, "--rank", 0)
     code, _, error = run(

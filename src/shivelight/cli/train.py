@@ -54,6 +54,12 @@ def train(
         bool,
         typer.Option("--reuse", help="Train with the residuals of earlier steps, which all that is left out adds."),
     ] = False,
+    gate_signal: Annotated[
+        Literal["gradient", "damage"],
+        typer.Option(
+            help="What gates learn from: the paper's gradient, or what reuse was measured to cost (needs --reuse)."
+        ),
+    ] = _DEFAULT.gate_signal,
     keep_low: Annotated[float, typer.Option(help="Lowest sampled keep ratio.")] = _DEFAULT.keep_low,
     keep_high: Annotated[float, typer.Option(help="Highest sampled keep ratio.")] = _DEFAULT.keep_high,
     gate_target: Annotated[
@@ -99,13 +105,17 @@ def train(
         policy_steps=policy_steps if tokens and ratios == "policy" else 0,
         joint_steps=joint_steps, groups=groups, group_size=group_size, estimator=estimator, budget=budget, target=target,
         keep_low=keep_low, keep_high=keep_high, lr_router=lr_router, lr_gates=lr_gates, lr_policy=lr_policy, lr_deltas=lr_deltas,
-        flow_weight=flow_weight, gate_target=gate_target, width_target=width_target,
+        flow_weight=flow_weight, gate_target=gate_target, width_target=width_target, gate_signal=gate_signal,
         checkpoint_every=checkpoint_every, preview_every=preview_every, seed=seed,
     )  # fmt: skip
+    # Measured damage is of the backbone's own blocks, run whole: neither deltas nor widths go with it.
+    measures = gate_signal == "damage"
+    widths = (1.0,) if measures else BlockRouting.widths
+    block_routing = BlockRouting(widths=widths, closed="reuse" if reuse else "pass")
     routing = RoutingConfig(
         tokens=TokenRouting(ratios=ratios, sees_drift=reuse) if tokens else None,
-        blocks=BlockRouting(closed="reuse" if reuse else "pass") if blocks else None,
-        deltas=DeltaConfig(rank, float(rank)) if rank else None,
+        blocks=block_routing if blocks else None,
+        deltas=DeltaConfig(rank, float(rank)) if rank and not measures else None,
         reuse=Reuse() if reuse and routed else None,
     )
     found = read_folder(images)
