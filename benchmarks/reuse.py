@@ -3,8 +3,8 @@
     python benchmarks/reuse.py        # writes benchmarks/results/reuse.json
 
 Validation captions (the test set judges, and tunes nothing), same seeds, PSNR and SSIM to the dense pictures. The rows vary
-one field of `Reuse` at a time from its default; `no-reuse` lets rejected tokens pass through unchanged; `trained` is the
-shipped adapter, which learned without reuse; `blocks` and `both` leave out whole blocks, and blocks and tokens, at the
+one field of `Reuse` at a time from its default; `no-reuse` lets rejected tokens pass through unchanged; the shipped adapters
+learned with or without reuse; `blocks` and `both` leave out whole blocks, and blocks and tokens, at the
 planned FLOPs of the default; the rows of blocks after them vary who decides.
 """
 
@@ -100,12 +100,20 @@ def main() -> None:
     sl.load_adapter(pipe, embedded.ADAPTER)
     comparison = Comparison(pipe, setting)
     for keep in args.keep:
-        judge("trained", comparison.tokens(keep))
-        judge("trained", comparison.routed_point("tokens+reuse", keep=keep, variant={"reuse": sl.Reuse()}))
-        judge(
-            "trained, no warm-up",
-            comparison.routed_point("tokens+reuse", keep=keep, variant={"reuse": sl.Reuse(warmup=0.0)}),
-        )
+        judge("trained without reuse", comparison.tokens(keep))
+        judge("trained without reuse", comparison.routed_point("tokens+reuse", keep=keep, variant={"reuse": sl.Reuse()}))
+    sl.load_adapter(pipe, embedded.REUSING)
+    comparison = Comparison(pipe, setting)
+    for keep in args.keep:
+        judge("trained with reuse", comparison.routed_point("tokens+reuse", keep=keep))
+    for compute in args.compute:
+        judge("trained with reuse", comparison.routed_point("tokens+reuse", compute=compute))
+    sl.load_adapter(pipe, embedded.REFRESHING)
+    comparison = Comparison(pipe, setting)
+    for name, fields in {"trained with reuse": {}, "no warm-up": {"warmup": 0.0}}.items():
+        for compute in args.compute:
+            variant = {"reuse": sl.Reuse(**fields)}
+            judge(name, comparison.routed_point("blocks-refresh+reuse", compute=compute, variant=variant))
     results = new_results(device=common.DEFAULT_DEVICE, backbone=describe(pipe), split="validation")
     results["rows"] = rows
     write_results(args.out, results)

@@ -252,6 +252,11 @@ class RoutingConfig:
             f"RoutingConfig.compute is {self.compute!r}; give a share of the dense FLOPs in (0, 1], and no keep beside it.",
         )
 
+    @property
+    def closed_reuse(self) -> bool:
+        """Whether gates that are closed add the block's last residual."""
+        return self.blocks is not None and self.blocks.closed == "reuse"
+
     @classmethod
     def training_free(
         cls, keep: float = 0.6, *, compute: float | None = None, axis: Literal["tokens", "blocks", "both"] = "tokens",

@@ -22,6 +22,7 @@ from shivelight.execution.routed import Routed
 from shivelight.routing import count_unit
 from shivelight.training.data import LatentCache
 from shivelight.training.estimate import estimate
+from shivelight.training.passes import Batch
 from shivelight.training.session import TeacherRecord, TokenSession
 from shivelight.training.trainer import Trainer
 
@@ -114,6 +115,7 @@ def test_a_checkpoint_of_other_settings_is_refused(make_trainer: MakeTrainer) ->
 def test_the_teacher_is_the_dense_model_while_deltas_live(pipe, cache: LatentCache, make_trainer: MakeTrainer) -> None:  # noqa: ANN001
     batch = cache.batch([0, 1], [False, False])
     sigmas = torch.tensor([0.5, 0.5])
+    same = Batch(batch, batch.latents, batch.latents, sigmas)  # half of each is the latents again
     with torch.no_grad():
         wanted = pipe.transformer(
             batch.latents, batch.embeddings, batch.pooled, 1000 * sigmas, return_dict=False
@@ -122,9 +124,9 @@ def test_the_teacher_is_the_dense_model_while_deltas_live(pipe, cache: LatentCac
         for layer in trainer.deltas.layers.values():
             torch.nn.init.normal_(layer.lora_B["shivelight"].weight)
         with trainer.routed.switched(False), trainer.deltas.disabled():
-            assert torch.equal(trainer._velocity(batch.latents, batch, sigmas), wanted)
+            assert torch.equal(trainer.passes.velocity(same), wanted)
         with trainer.routed.switched(False):
-            assert not torch.equal(trainer._velocity(batch.latents, batch, sigmas), wanted)
+            assert not torch.equal(trainer.passes.velocity(same), wanted)
 
 
 def test_the_teacher_of_a_step_sees_no_deltas(make_trainer: MakeTrainer) -> None:

@@ -71,8 +71,7 @@ def adapter_points(
     if routed.gates is None or "keep" in budget:
         return [point(f"{name}+reuse" if config.reuse is not None else name)]
     # Trained with reuse, they cannot do without.
-    bound = config.blocks is not None and config.blocks.closed == "reuse"
-    bound |= config.tokens is not None and config.tokens.sees_drift
+    bound = config.closed_reuse or (config.tokens is not None and config.tokens.sees_drift)
     without: Variant = {"reuse": config.reuse if bound else None}
     points = [] if bound else [point(name, **without)]
     points.append(point(f"{name}+reuse", reuse=config.reuse or Reuse()))
@@ -85,8 +84,7 @@ def adapter_points(
 
 def method_name(config: RoutingConfig) -> str:
     """What an adapter is called in results.json, but for reuse."""
-    refreshes = config.blocks is not None and config.blocks.closed == "reuse"
-    axes = {"tokens": config.tokens, "blocks-refresh" if refreshes else "blocks": config.blocks}
+    axes = {"tokens": config.tokens, "blocks-refresh" if config.closed_reuse else "blocks": config.blocks}
     return "+".join(axis for axis, settings in axes.items() if settings is not None)
 
 

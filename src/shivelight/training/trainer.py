@@ -23,8 +23,8 @@ from shivelight.errors import TrainingError
 from shivelight.execution.reuse import CachedPass
 from shivelight.routing import Dial, solve_anchor
 from shivelight.training import checkpoints
-from shivelight.training.damage import GateReading, OneClosed, damage_loss, log_damage
-from shivelight.training.data import LatentCache, Sample
+from shivelight.training.damage import GateReading, damage_loss
+from shivelight.training.data import LatentCache
 from shivelight.training.deltas import LiveDeltas
 from shivelight.training.draws import Draw, Draws
 from shivelight.training.estimators import anneal
@@ -33,10 +33,10 @@ from shivelight.training.losses import (
     BudgetLoss,
     feature_distillation,
     flow_matching_loss,
-    noisy_latents,
 )
+from shivelight.training.passes import Batch, Passes
 from shivelight.training.ranking import rank_channels
-from shivelight.training.session import BlockSession, PassRecord, TeacherRecord, TokenSession
+from shivelight.training.session import BlockSession, TeacherRecord, TokenSession
 from shivelight.training.stages import StageName, TrainingConfig
 
 
@@ -92,6 +92,7 @@ class Trainer:
         shift = 1.0 if dynamic else float(getattr(pipe.scheduler.config, "shift", 1.0) or 1.0)
         processes = self.accelerator.num_processes, self.accelerator.process_index
         self.draws = Draws(config, len(cache), shift, processes, self._shift_to_run)
+        self.passes = Passes(self.backbone, self.routed, self.deltas, cache, self.draws, self.accelerator)
         blocks = len(self.routed.planner.costs)
         chosen = {*range(config.feature_every - 1, blocks, config.feature_every), blocks - 1}
         self._features_at = tuple(sorted(chosen & set(self.routed.routed)))
@@ -185,7 +186,7 @@ class Trainer:
         totals: dict[str, float] = {}
         for draw in self.draws.at(self.step):
             # Fresh deltas change nothing, so until they train nothing is spent on them.
-            untouched = nullcontext() if stage == "joint" else self._deltas_off()
+            untouched = nullcontext() if stage == "joint" else self.passes.without_deltas()
             try:
                 with untouched:
                     losses = self._micro_batch(stage, draw)
@@ -211,37 +212,22 @@ class Trainer:
             "with lower learning rates, or check the images and the backbone's precision."
         )
 
-    def _noised(self, draw: Draw) -> tuple[Sample, Tensor, Tensor, Tensor]:
-        """(samples, clean latents, noise, noise levels) of a micro-batch."""
-        device = self.accelerator.device
-        sample = self.cache.batch(draw.indices, draw.dropped)
-        clean = sample.latents.to(device)
-        noise = torch.randn(clean.shape, generator=draw.generator).to(device)
-        return sample, clean, noise, torch.full((len(clean),), draw.sigma, device=device)
-
     def _micro_batch(self, stage: StageName, draw: Draw) -> dict[str, Tensor]:
         config = self.config
-        sample, clean, noise, sigmas = self._noised(draw)
-        noisy = noisy_latents(clean, noise, sigmas)
-        teacher = TeacherRecord(self._features_at)
+        batch, teacher = self.passes.batch(draw), TeacherRecord(self._features_at)
         reading = GateReading(self.routed, teacher) if config.gate_signal == "damage" else None
-        with torch.no_grad(), self.routed.switched(False), self._deltas_off():
-            self.routed.observer = reading or teacher
-            try:
-                wanted = self._velocity(noisy, sample, sigmas)
-            finally:
-                self.routed.observer = None
-        cached = self._cached_pass(draw, sample, clean, noise)
+        wanted = self.passes.teacher(batch, reading or teacher)
+        cached = self.passes.cached(draw, batch)
         losses: dict[str, Tensor] = {}
-        total = torch.zeros((), device=clean.device)
+        total = torch.zeros((), device=wanted.device)
         if reading is not None:
-            losses["damage"] = total = self._damage(draw, reading, (noisy, sample, sigmas), wanted, cached)
+            losses["damage"] = total = self._damage(draw, reading, batch, wanted, cached)
             if self.routed.config.tokens is None:
                 return {"total": total} | {name: value.detach() for name, value in losses.items()}
         session = self._token_session(stage, draw, teacher, cached)
         gating = self._block_session(draw, teacher, cached) if reading is None else None
         self.routed.session, self.routed.gate_session = session, gating
-        velocity = self._velocity(noisy, sample, sigmas)
+        velocity = self.passes.velocity(batch)
         losses["output"] = F.mse_loss(velocity.float(), wanted.float())
         total = total + config.output_weight * losses["output"]
         features = session.features if gating is None and session is not None else getattr(gating, "features", {})
@@ -250,7 +236,7 @@ class Trainer:
             losses["features"] = feature_distillation(student, [teacher.features[block] for block in self._features_at])
             total = total + config.feature_weight * losses["features"]
         if config.flow_weight:
-            losses["flow"] = flow_matching_loss(velocity, clean, noise)
+            losses["flow"] = flow_matching_loss(velocity, batch.clean, batch.noise)
             total = total + config.flow_weight * losses["flow"]
         if session is not None:
             losses["keep"] = session.ratios.mean()
@@ -269,64 +255,26 @@ class Trainer:
             if gating.raised:  # records are of residuals of one step's age, which raises nothing
                 gate = gate - torch.stack(list(gating.raised.values()))
             width = torch.stack([own.width for own in gating.logits.values()], dim=1)
-            self._record(1000 * sigmas, gate, width, gating.dial.shift)
+            self._record(1000 * batch.sigmas, gate, width, gating.dial.shift)
         return {"total": total} | {name: value.detach() for name, value in losses.items()}
 
     def _damage(
-        self,
-        draw: Draw,
-        reading: GateReading,
-        inputs: tuple[Tensor, Sample, Tensor],
-        wanted: Tensor,
-        cached: dict[int, CachedPass],
+        self, draw: Draw, reading: GateReading, batch: Batch, wanted: Tensor, cached: dict[int, CachedPass]
     ) -> Tensor:
         """The loss of the routers' predictions, on a few blocks; what all of them said is recorded."""
-        gates = self.routed.gates
+        gates, routed = self.routed.gates, self.routed.routed
         assert gates is not None
         raised = gates.raised(draw.age)
         assert raised is not None
-        routed = self.routed.routed
-        places = torch.randperm(len(routed), generator=draw.generator)[: self.config.damage_blocks].tolist()
         losses = []
-        for place in places:
+        for place in torch.randperm(len(routed), generator=draw.generator)[: self.config.damage_blocks].tolist():
             block = routed[place]
-            self.routed.gate_session = OneClosed(block, cached[block])
-            try:
-                with torch.no_grad():
-                    damage = log_damage(wanted, self._velocity(*inputs))
-            finally:
-                self.routed.gate_session = None
+            damage = self.passes.log_damage(block, cached[block], batch, wanted)
             losses.append(damage_loss(reading.logits[block][:, 0] + raised[place], damage, draw.age))
         logits = torch.stack([reading.logits[block] for block in routed], dim=1)
         # What a router says of the dense pass does not depend on the dial.
-        self._record(1000 * inputs[2], logits[..., 0], logits[..., 1:], 0.0)
+        self._record(1000 * batch.sigmas, logits[..., 0], logits[..., 1:], 0.0)
         return torch.stack(losses).mean()
-
-    @torch.no_grad()
-    def _cached_pass(self, draw: Draw, sample: Sample, clean: Tensor, noise: Tensor) -> dict[int, CachedPass]:
-        """What is left out adds: residuals of the student's own dense passes some steps earlier."""
-        routing = self.routed.config
-        reuse, tokens = routing.reuse, routing.tokens is not None
-        if reuse is None or not (tokens or self._blocks_reuse):
-            return {}
-        passes = []
-        # Only tokens go by how far a residual had moved, which takes a second pass.
-        for steps, context in ((draw.age, reuse.context and tokens), (draw.age + 1, False))[: 1 + tokens]:
-            sigmas = torch.full((len(clean),), self.draws.earlier(draw.sigma, steps), device=clean.device)
-            record = PassRecord(self.backbone, self.routed.spec, self.routed.routed, context)
-            self.routed.observer = record
-            try:
-                with self.routed.switched(False), record.listening():
-                    self._velocity(noisy_latents(clean, noise, sigmas), sample, sigmas)
-            finally:
-                self.routed.observer = None
-            passes.append(record)
-        return passes[0].aged(passes[-1], draw.age)
-
-    @property
-    def _blocks_reuse(self) -> bool:
-        blocks = self.routed.config.blocks
-        return blocks is not None and blocks.closed == "reuse"
 
     def _token_session(
         self, stage: StageName, draw: Draw, teacher: TeacherRecord, cached: dict[int, CachedPass]
@@ -355,7 +303,7 @@ class Trainer:
             return None
         orders = {block: gates.order(block) for block in self.routed.routed} if len(blocks.widths) > 1 else {}
         dial = Dial(blocks.threshold, draw.shift)
-        if not self._blocks_reuse:
+        if not self.routed.config.closed_reuse:
             return BlockSession(teacher, blocks.widths, orders, dial)
         raised = dict(zip(self.routed.routed, gates.raised(draw.age), strict=True))
         return BlockSession(teacher, blocks.widths, orders, dial, cached, raised)
@@ -392,11 +340,10 @@ class Trainer:
         modules = self.routed.spec.block_list(self.backbone)
 
         def loss(batch: int) -> Tensor:
-            draw = self.draws.at(batch)[batch % self.config.groups]
-            sample, clean, noise, sigmas = self._noised(draw)
-            return flow_matching_loss(self._velocity(noisy_latents(clean, noise, sigmas), sample, sigmas), clean, noise)
+            drawn = self.passes.batch(self.draws.at(batch)[batch % self.config.groups])
+            return flow_matching_loss(self.passes.velocity(drawn), drawn.clean, drawn.noise)
 
-        with self.routed.switched(False), self._deltas_off():
+        with self.routed.switched(False), self.passes.without_deltas():
             orders = rank_channels(
                 {block: modules[block] for block in self.routed.routed}, mlp, loss, self.config.rank_batches
             )
@@ -423,20 +370,6 @@ class Trainer:
         if gates is None or blocks is None:
             return 0.0
         return gates.records.shift_to_run(share, blocks.threshold, gates.raised(age))
-
-    def _velocity(self, noisy: Tensor, sample: Sample, sigmas: Tensor) -> Tensor:
-        device, dtype = self.accelerator.device, self.backbone.dtype
-        with self.accelerator.autocast():
-            return self.backbone(
-                hidden_states=noisy.to(dtype),
-                timestep=1000 * sigmas,
-                encoder_hidden_states=sample.embeddings.to(device, dtype),
-                pooled_projections=sample.pooled.to(device, dtype),
-                return_dict=False,
-            )[0]
-
-    def _deltas_off(self) -> Any:
-        return nullcontext() if self.deltas is None else self.deltas.disabled()
 
     def _train_only(self, stage: StageName) -> None:
         """Stage 1 trains the routers, stage 2 the policy too, stage 3 everything."""
@@ -521,7 +454,7 @@ class Trainer:
         from shivelight.training.preview import save_grid
 
         self.routed.eval()
-        save_grid(self.pipe, self.routed, self._deltas_off, self.cache.captions[:count], path, keep)
+        save_grid(self.pipe, self.routed, self.passes.without_deltas, self.cache.captions[:count], path, keep)
 
     def close(self) -> None:
         """Leave the pipeline as it was before the trainer came."""
