@@ -101,7 +101,9 @@ def main() -> None:
     comparison = Comparison(pipe, setting)
     for keep in args.keep:
         judge("trained without reuse", comparison.tokens(keep))
-        judge("trained without reuse", comparison.routed_point("tokens+reuse", keep=keep, variant={"reuse": sl.Reuse()}))
+        judge(
+            "trained without reuse", comparison.routed_point("tokens+reuse", keep=keep, variant={"reuse": sl.Reuse()})
+        )
     sl.load_adapter(pipe, embedded.REUSING)
     comparison = Comparison(pipe, setting)
     for keep in args.keep:

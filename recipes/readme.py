@@ -26,7 +26,7 @@ from shivelight.files import replacing
 from shivelight.report.style import budget_label
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/results.md", "docs/decisions/training-free.md")
+PAGES = ("README.md", "docs/results.md", "docs/decisions/training-free.md", "docs/decisions/blocks.md")
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 COLUMNS = {
     "planned": ("planned_ratio", "{:.3f}", 1),

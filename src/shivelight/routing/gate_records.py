@@ -32,7 +32,7 @@ class Dial:
     """Where the gates stand: one shift moves all of them and the widths with them, so that one adapter serves any budget.
 
     A block runs where sigmoid(gate logit + shift) >= threshold, at the width that is largest in
-    width logits + shift * (0, 1, ..., S - 1); `shift` 0 is where the routers were trained. Compared are the logits, in
+    width logits + shift * (0, 1, ..., S - 1); `shift` 0 takes their logits as they are. Compared are the logits, in
     float64, so that a plan and what carries it out agree to the last bit. `low` is the logit of the threshold, as fp32 has
     it: routers' logits are fp32, and those of a fresh router lie on it.
     """
