@@ -2,7 +2,7 @@
 routing and both together.
 
     python recipes/train_adapters.py --joint-steps 1500                     # tokens and dense-finetuned; resumes by itself
-    python recipes/train_adapters.py --only blocks --only tokens+blocks     # issue 3's, into --out
+    python recipes/train_adapters.py --only blocks-refresh                  # block routers that learn measured damage
 
 All see the same pictures in the same order with the same losses; the baseline takes the steps of all three stages.
 """
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         action="append",
-        choices=["tokens", "dense-finetuned", "tokens-reuse", "blocks", "blocks-refresh", JOINED],
+        choices=["tokens", "dense-finetuned", "tokens-reuse", "blocks", "tokens+blocks", "blocks-refresh", JOINED],
         help="repeat it; tokens and dense-finetuned by default",
     )
     parser.add_argument("--gate-target", type=float, default=0.5)
@@ -135,6 +135,7 @@ def main() -> None:
             RoutingConfig(None, BlockRouting(), deltas),
             dataclasses.replace(config, router_steps=config.router_steps + config.policy_steps, policy_steps=0),
         ),
+        "tokens+blocks": (RoutingConfig(TokenRouting(), BlockRouting(), deltas), config),
         # Closed gates add the residuals of earlier steps, and learn what that costs.
         "blocks-refresh": (RoutingConfig(None, refreshing, reuse=Reuse()), measured),
     }

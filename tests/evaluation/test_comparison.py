@@ -305,3 +305,11 @@ def test_what_cannot_serve_a_budget_without_training_is_left_out_and_said(compar
     points, reasons = training_free_points(comparison, compute=0.9)
     assert [point.method for point in points] == ["training-free", "training-free-blocks", "training-free-both"]
     assert reasons == []
+
+
+def test_the_plan_of_what_is_attached_is_known_before_anything_was_drawn(pipe) -> None:  # noqa: ANN001
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=0.8, axis="blocks"))
+    options = {"max_sequence_length": 16, "height": 32, "width": 32}
+    comparison = Comparison(pipe, Setting(STEPS, 3.0, 0, 2, options))
+    planned = comparison.planned(comparison.routed_point("training-free-blocks", compute=0.8))
+    assert planned == pytest.approx(0.8) and routed_of(pipe).budget.value == 0.8

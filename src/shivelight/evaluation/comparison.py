@@ -25,6 +25,7 @@ from shivelight.evaluation.fidelity import fidelity_to_dense
 from shivelight.evaluation.latency import ModuleClock, Timings, interleave, peak_memory_mb, synchronize
 from shivelight.evaluation.results import new_row
 from shivelight.execution.folding import Delta, FoldedWeights
+from shivelight.execution.planning import Budget
 from shivelight.execution.routed import Routed
 
 Progress = Callable[[str], None]
@@ -252,9 +253,13 @@ class Comparison:
         if not point.budget:
             return point.steps / self.setting.steps
         if not self.routed.shape_seen:
-            # The length of the text is known once a step has run.
-            with self.routed.switched(True):
-                self.call([_ANY], 1)
+            # The length of the text is known once a step has run; a single one can keep no budget.
+            budget, self.routed.budget = self.routed.budget, Budget("keep", 1.0)
+            try:
+                with self.routed.switched(True):
+                    self.call([_ANY], 1)
+            finally:
+                self.routed.budget = budget
         with point.state():
             plan = planned_ratio(self.pipe, point.steps)
             return None if plan is None else plan * point.steps / self.setting.steps

@@ -60,7 +60,10 @@ def _curve_label(rows: Sequence[Mapping[str, Any]], method: str, steps: float | 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5, labelcolor=INK)
+        columns = 3 if max(map(len, labels)) <= 18 else 2  # three of the long names would be wider than the figure
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5, labelcolor=INK
+        )
 
 
 def _draw_curve(axes: Axes, x: list[float], y: list[float], style: MethodStyle, label: str) -> None:
