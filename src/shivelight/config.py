@@ -232,7 +232,7 @@ class RoutingConfig:
             "RoutingConfig reuse=Reuse() too.",
         )
         _require(
-            self.blocks is None or self.blocks.closed == "pass" or self.reuse is not None,
+            not self.closed_reuse or self.reuse is not None,
             "BlockRouting.closed='reuse' adds the residuals of earlier steps; give RoutingConfig reuse=Reuse() too.",
         )
         _require(

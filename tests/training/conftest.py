@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from PIL import Image
 
+import shivelight as sl
 from shivelight.config import DeltaConfig, RoutingConfig
 from shivelight.training.data import LatentCache, build_cache, read_folder
 from shivelight.training.stages import TrainingConfig
@@ -71,3 +73,18 @@ def make_trainer(
         return Trainer(pipe, routing, config, cache, tmp_path / folder, accelerator)
 
     return build
+
+
+@pytest.fixture
+def loads_back(pipe, sample) -> Callable[..., None]:  # noqa: ANN001
+    """Check that a trained adapter's folder draws, at a budget, what the trainer left attached drew."""
+
+    def check(trainer: Trainer, folder: Path, **budget: float) -> None:
+        sl.set_budget(pipe, **budget)
+        trained = sample(pipe, ["a b"])
+        trainer.close()
+        sl.load_adapter(pipe, folder)
+        sl.set_budget(pipe, **budget)
+        assert torch.equal(sample(pipe, ["a b"]), trained)
+
+    return check

@@ -68,7 +68,7 @@ def test_the_loss_is_least_at_damage_times_age() -> None:
 
 @pytest.mark.parametrize("tokens", [False, True])
 def test_routers_learn_the_damage_and_serve_budgets(
-    pipe: StableDiffusion3Pipeline, make_trainer: MakeTrainer, sample: Any, tokens: bool
+    make_trainer: MakeTrainer, loads_back: Callable[..., None], tokens: bool
 ) -> None:
     token_routing = sl.TokenRouting(sees_drift=True, ratios="fixed") if tokens else None
     routing = sl.RoutingConfig(token_routing, REFRESHING, reuse=sl.Reuse())
@@ -82,12 +82,7 @@ def test_routers_learn_the_damage_and_serve_budgets(
     assert ("output" in trainer.history[-1]) is tokens
     records = trainer.routed.gates.records
     assert records.filled == 4 * trainer.config.group_size and (records.shift == 0).all()
-    sl.set_budget(pipe, compute=0.7)
-    trained = sample(pipe, ["a b"])
-    trainer.close()
-    sl.load_adapter(pipe, folder)
-    sl.set_budget(pipe, compute=0.7)
-    assert torch.equal(sample(pipe, ["a b"]), trained)
+    loads_back(trainer, folder, compute=0.7)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -114,18 +113,13 @@ def test_the_router_learns_what_running_adds_to_the_cached_residual(pipe: Stable
 
 
 def test_a_short_run_with_reuse_leaves_an_adapter_that_reuses(
-    pipe: StableDiffusion3Pipeline, make_trainer: MakeTrainer, sample: Any
+    pipe: StableDiffusion3Pipeline, make_trainer: MakeTrainer, loads_back: Callable[..., None]
 ) -> None:
     routing = sl.RoutingConfig(sl.TokenRouting(sees_drift=True), deltas=sl.DeltaConfig(rank=2), reuse=sl.Reuse())
     trainer = make_trainer(routing=routing)
     folder = trainer.run()
     assert trainer.draws.earlier(0.5, 1) == pytest.approx(0.5 + 1 / 25) and trainer.draws.earlier(0.99, 3) == 1.0
-    sl.set_budget(pipe, keep=0.6)
-    trained = sample(pipe, ["a b"])
-    trainer.close()
-    sl.load_adapter(pipe, folder)
-    sl.set_budget(pipe, keep=0.6)
-    assert torch.equal(sample(pipe, ["a b"]), trained)
+    loads_back(trainer, folder, keep=0.6)
     assert "residuals up to" in sl.summary(pipe)
 
 

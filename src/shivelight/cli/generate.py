@@ -13,6 +13,7 @@ from shivelight.adapter import routed_of
 from shivelight.cli import common
 from shivelight.demo import pipeline as embedded
 from shivelight.evaluation.results import new_results, new_row
+from shivelight.evaluation.standard import method_name
 from shivelight.files import replacing
 
 
@@ -75,7 +76,7 @@ def generate(
     common.say(f"pictures: {out} (dense above, routed below)")
     if json is not None:
         config = routed_of(pipe).config
-        method = "+".join(name for name in ("tokens", "blocks") if getattr(config, name) is not None)
+        method = method_name(config) + ("+reuse" if config.reuse is not None else "")
         results = new_results(seed=seed, device=device, backbone={"class": type(pipe.transformer).__name__})
         results["rows"] = [
             new_row("dense", steps=steps, batch=count, guidance=guidance),

@@ -167,14 +167,8 @@ class BlockGates(nn.Module):
             return first
         # Where all that is closed reuses, the first steps run everything, as far as the budget goes.
         dense, always = planner.dense_flops(request.tokens, request.text_tokens)
-        whole = [
-            math.fsum(
-                planner.costs[block].flops(k, request.text_tokens, attended=request.attended)
-                for block, k in zip(planner.routed, row, strict=True)
-            )
-            for row in kept
-        ]
-        return max(first, warm_steps(reuse.warmup, whole, (budget.value * dense - always) * steps))
+        left = (budget.value * dense - always) * steps
+        return max(first, warm_steps(reuse.warmup, planner.whole_flops(kept, request), left))
 
     def _left(self, planner: GatePlanner, request: Request, budget: Budget) -> float:
         """FLOPs that routed blocks may take in a generation, over all steps of the planner."""

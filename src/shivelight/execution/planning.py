@@ -117,6 +117,16 @@ class Planner:
         each = [c.flops(tokens, text_tokens) for c in self.costs]
         return sum(each), sum(flops for block, flops in enumerate(each) if block not in self.routed)
 
+    def whole_flops(self, kept: Sequence[Sequence[int]], request: Request) -> list[float]:
+        """FLOPs of the routed blocks of one sample at each step [T], if all of them run on the tokens `kept` [T][L]."""
+        return [
+            math.fsum(
+                self.costs[block].flops(k, request.text_tokens, attended=request.attended)
+                for block, k in zip(self.routed, row, strict=True)
+            )
+            for row in kept
+        ]
+
     def schedule(self, policy: RatioPolicy | None, request: Request) -> Schedule:
         """The integers that were asked for; `policy` None means the same ratio at every step after the warm-up."""
         return self.once((policy is None, request), lambda: self._solve(policy, request))

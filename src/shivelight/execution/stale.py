@@ -68,15 +68,13 @@ class StaleGates:
         if budget.everything or budget.kind == "keep":
             return None
         return self.planner.once(
-            ("drift", budget, request, self.reuse, tuple(kept)), lambda: self._solve(request, budget, kept)
+            ("stale", budget, request, self.reuse, tuple(kept)), lambda: self._solve(request, budget, kept)
         )
 
     def _solve(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> StalePlan:
         planner, steps = self.planner, len(kept)
         dense, always = planner.dense_flops(request.tokens, request.text_tokens)
-        whole = [
-            sum(self._price(block, k, request) for block, k in zip(planner.routed, row, strict=True)) for row in kept
-        ]
+        whole = planner.whole_flops(kept, request)
         left = (budget.value * dense - always) * steps
         if left <= 0 or budget.value * dense * steps < always * steps + whole[0]:
             # The first step always runs everything: there is nothing yet to reuse.

@@ -63,9 +63,7 @@ class Trainer:
     ) -> None:
         if routing.tokens is not None and routing.tokens.scores != "learned":
             raise TrainingError(f"scores={routing.tokens.scores!r} have nothing to train; use scores='learned'.")
-        if config.gate_signal == "damage" and (
-            routing.blocks is None or routing.blocks.closed != "reuse" or routing.deltas is not None
-        ):
+        if config.gate_signal == "damage" and (not routing.closed_reuse or routing.deltas is not None):
             raise TrainingError(
                 "gate_signal='damage' measures what it costs to reuse the residuals of the backbone's own blocks: give "
                 "BlockRouting(closed='reuse') and no deltas."
