@@ -78,6 +78,16 @@ def test_static_gates_spend_to_the_last_bit_what_was_planned(
     assert routed.spending.actions["reuse"] and not routed.spending.actions["skip"]
 
 
+def test_a_plan_knows_that_closed_gates_open_when_their_residual_is_too_old(pipe: StableDiffusion3Pipeline) -> None:
+    routed = refreshing(pipe, max_reuses=2, decide="static")
+    routed.gates.records.gate.fill_(-1e3)
+    routed.planner.forget()
+    sl.set_budget(pipe, threshold=0.5)
+    walk(pipe, tiny_inputs(1), 7)
+    assert routed.spending.actions == {"run": 9, "reuse": 12, "skip": 0}
+    assert sl.planned_ratio(pipe, 7) == pytest.approx(routed.spending.ratio, rel=1e-9)
+
+
 @pytest.mark.parametrize("decide", ["block", "step"])
 def test_a_compute_budget_is_met_on_average(pipe: StableDiffusion3Pipeline, decide: str) -> None:
     routed = refreshing(pipe, decide=decide, max_reuses=5)
