@@ -18,6 +18,7 @@ from shivelight.execution.folding import Delta
 from shivelight.execution.hook import ActivationHook, BlockHook, EmbeddingHook, RootHook
 from shivelight.execution.planning import Budget
 from shivelight.execution.routed import NAME, Routed
+from shivelight.execution.stale import UNTRAINED
 from shivelight.routing import Schedule
 
 
@@ -248,14 +249,15 @@ def summary(model: Any) -> str:
         lines.append(f"tokens: scores {tokens.scores}, ratios {tokens.ratios}, guidance {tokens.cfg_scores}")
     if blocks is not None:
         lines.append(
-            f"blocks: those whose residual {'is oldest' if blocks.router == 'age' else 'moves most'} run"
+            f"blocks: {UNTRAINED[blocks.router]}"
             if routed.gates is None
             else f"blocks: {blocks.router} routers decide by {blocks.decide}, guidance {blocks.cfg_gates}; MLP widths "
             f"{', '.join(f'{width:g}' for width in blocks.widths)}; {routed.gates.records.filled} records"
         )
     if reuse is not None:
         lines.append(
-            f"reuse: residuals up to {reuse.max_age} steps old, warm-up of {reuse.warmup:.0%} of the steps; "
+            f"reuse: residuals up to {reuse.max_age} steps old, warm-up of {reuse.warmup:.0%} of the steps, forecasts between "
+            f"runs less than {reuse.forecast:.0%} of the steps apart; "
             f"{routed.residuals.megabytes:.1f} MB held of at most {reuse.max_cache_mb:g}"
         )
     gates = "" if budget.threshold is None else f", threshold = {budget.threshold}"

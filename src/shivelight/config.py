@@ -8,6 +8,8 @@ from typing import Any, Literal
 from shivelight.errors import AdapterError
 
 FORMAT_VERSION = 1
+# Block routers that need no training.
+_UNTRAINED = ("interval", "age", "drift")
 
 
 def _require(valid: bool, message: str) -> None:
@@ -70,8 +72,9 @@ class BlockRouting:
 
     Attributes:
         router: "lean", ours; "elastic-dit", laid out as the authors' released one, for their weights; or one that needs no
-            training: the blocks whose residual is oldest ("age"), or whose residual's age times how far it moved when last
-            seen is largest ("drift"), run as far as the budget goes.
+            training: all blocks at some steps and none at the others, at intervals that grow ("interval"); or, as far as the
+            budget goes, the blocks whose residual is oldest ("age"), or whose residual's age times how far it moved when last
+            seen is largest ("drift").
         bottleneck: width of the router's hidden layer (128 in the released one).
         modulation_rank: rank of the lean router's modulation by timestep and condition.
         token_stride: the lean router reads every so-manieth token.
@@ -90,7 +93,7 @@ class BlockRouting:
             to tokens.
     """
 
-    router: Literal["lean", "elastic-dit", "age", "drift"] = "lean"
+    router: Literal["lean", "elastic-dit", "interval", "age", "drift"] = "lean"
     bottleneck: int = 16
     modulation_rank: int = 4
     token_stride: int = 4
@@ -118,7 +121,7 @@ class BlockRouting:
         )
         _require(0 < self.threshold < 1, f"BlockRouting.threshold is {self.threshold}; give a probability in (0, 1).")
         _require(0 < self.share < 1, f"BlockRouting.share is {self.share}; give an exponent in (0, 1).")
-        _one_of("BlockRouting.router", self.router, ("lean", "elastic-dit", "age", "drift"))
+        _one_of("BlockRouting.router", self.router, ("lean", "elastic-dit", *_UNTRAINED))
         _require(
             self.learned or self.widths == (1.0,),
             f"BlockRouting.router={self.router!r} knows no widths; give widths=(1.0,).",
@@ -135,7 +138,7 @@ class BlockRouting:
     @property
     def learned(self) -> bool:
         """Whether its router is trained."""
-        return self.router not in ("age", "drift")
+        return self.router not in _UNTRAINED
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,9 @@ class Reuse:
         max_reuses: how often in a row a block may do so before it runs again; K in E-DiT.
         blocks_after: share of the steps, at the start of a generation, in which no block does so (half in E-DiT's released
             code).
+        forecast: share of the steps up to which two runs of a block (or token) may lie apart for its residual to be taken to
+            go on as it changed between them: wholly where they lie close, not at all where this far apart. 0 adds it as it
+            was last. Doubles the memory.
     """
 
     max_age: int = 10
@@ -181,6 +187,7 @@ class Reuse:
     margin: float = 0.1
     max_reuses: int = 5
     blocks_after: float = 0.0
+    forecast: float = 0.25
 
     def __post_init__(self) -> None:
         _integer("Reuse.max_age", self.max_age)
@@ -189,6 +196,7 @@ class Reuse:
         _require(0 <= self.margin <= 1, f"Reuse.margin is {self.margin}; give a difference of probabilities in [0, 1].")
         _integer("Reuse.max_reuses", self.max_reuses)
         _require(0 <= self.blocks_after < 1, f"Reuse.blocks_after is {self.blocks_after}; give a share in [0, 1).")
+        _require(0 <= self.forecast <= 1, f"Reuse.forecast is {self.forecast}; give a share in [0, 1].")
         _require(self.max_reuses >= 1, f"Reuse.max_reuses is {self.max_reuses}; give at least 1.")
         _require(self.max_cache_mb > 0, f"Reuse.max_cache_mb is {self.max_cache_mb}; give a positive number.")
 
@@ -228,7 +236,7 @@ class RoutingConfig:
         )
         _require(
             not drifting or self.reuse is not None,
-            "scores='drift', sees_drift, router='age' and router='drift' go by the residuals of earlier steps; give "
+            "scores='drift', sees_drift and the routers 'interval', 'age' and 'drift' go by the residuals of earlier steps; give "
             "RoutingConfig reuse=Reuse() too.",
         )
         _require(
@@ -274,7 +282,7 @@ class RoutingConfig:
         _require(axis == "tokens" or compute is not None, f"axis={axis!r} needs a budget of FLOPs: give compute=.")
         return cls(
             None if axis == "blocks" else TokenRouting(scores="drift", ratios="fixed"),
-            None if axis == "tokens" else BlockRouting(router="age", widths=(1.0,)),
+            None if axis == "tokens" else BlockRouting(router="interval", widths=(1.0,)),
             reuse=Reuse(**reuse),
             keep=keep if compute is None else 1.0,
             compute=compute,

@@ -300,7 +300,9 @@ def test_an_adapter_without_routing_is_not_one_of_the_adapters(comparison: Compa
 
 def test_what_cannot_serve_a_budget_without_training_is_left_out_and_said(comparison: Comparison) -> None:
     points, reasons = training_free_points(comparison, compute=0.35)
-    assert points == [] and len(reasons) == 3 and "training-free-blocks compute 0.35" in reasons[1]
+    # A third of the steps is what 3 steps can run whole; tokens need a step that runs them all, and more.
+    assert [point.method for point in points] == ["training-free-blocks"]
+    assert len(reasons) == 2 and "training-free-both compute 0.35" in reasons[1]
     assert all("nearest" in reason for reason in reasons)
     points, reasons = training_free_points(comparison, compute=0.9)
     assert [point.method for point in points] == ["training-free", "training-free-blocks", "training-free-both"]
@@ -312,4 +314,4 @@ def test_the_plan_of_what_is_attached_is_known_before_anything_was_drawn(pipe) -
     options = {"max_sequence_length": 16, "height": 32, "width": 32}
     comparison = Comparison(pipe, Setting(STEPS, 3.0, 0, 2, options))
     planned = comparison.planned(comparison.routed_point("training-free-blocks", compute=0.8))
-    assert planned == pytest.approx(0.8) and routed_of(pipe).budget.value == 0.8
+    assert planned == pytest.approx(2 / 3) and routed_of(pipe).budget.value == 0.8

@@ -105,7 +105,7 @@ def test_batched_guidance_is_split_guidance(pipe: StableDiffusion3Pipeline, cfg_
 
 
 def test_reuse_adds_the_last_residual_at_most_k_times_in_a_row(pipe: StableDiffusion3Pipeline) -> None:
-    routed = gated(pipe, sl.Reuse(margin=0.9, max_reuses=2), widths=(1.0,))
+    routed = gated(pipe, sl.Reuse(margin=0.9, max_reuses=2, forecast=0.0), widths=(1.0,))
     sl.set_budget(pipe, threshold=0.05)  # every gate is unsure: run, reuse, reuse, run, ...
     with torch.no_grad():
         for block in routed.routed:
@@ -127,7 +127,7 @@ def test_reuse_adds_the_last_residual_at_most_k_times_in_a_row(pipe: StableDiffu
         assert [seen[step, block][0].action for step in range(7)] == pattern
     assert routed.residuals.megabytes == 0  # nothing is held between generations
     # Nor in the first steps, where that was asked for.
-    with routed.variant(reuse=sl.Reuse(margin=0.9, max_reuses=2, blocks_after=0.4)):
+    with routed.variant(reuse=sl.Reuse(margin=0.9, max_reuses=2, blocks_after=0.4, forecast=0.0)):
         seen = watch(routed)
         walk(pipe, tiny_inputs(2), 7)
         late = ["run", "run", "run", "reuse", "reuse", "run", "reuse"]

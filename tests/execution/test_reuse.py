@@ -60,7 +60,7 @@ def test_residuals_follow_a_token_by_token_simulation(seed: int, max_age: int, k
 
 def test_tokens_whose_residual_is_too_old_run_first_oldest_first() -> None:
     state = BlockResiduals(torch.zeros(1, 4, 2))
-    state.refreshed = torch.tensor([[0, 3, 9, 8]], dtype=torch.int32)
+    state.image.at = torch.tensor([[0, 3, 9, 8]], dtype=torch.int32)
     state.drift = torch.tensor([[0.0, 0.0, 5.0, 50.0]])
     assert top_k_indices(state.scores(10, 4), 1).tolist() == [[0]]
     assert top_k_indices(state.scores(10, 4), 3).tolist() == [[0, 1, 3]]

@@ -1,16 +1,20 @@
 """Block routing without training: which blocks run, what it costs, and the limits."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import tiny_inputs, walk
 from torch import Tensor
 
 import shivelight as sl
 from shivelight.adapter import routed_of
 from shivelight.execution.reuse import BlockResiduals
+from shivelight.execution.stale import run_steps
 
 PROMPTS = ["a red apple", "blue bird"]
 
@@ -20,17 +24,83 @@ def free(pipe: StableDiffusion3Pipeline, compute: float = 0.6, axis: Any = "bloc
     return routed_of(pipe)
 
 
-def by_drift(pipe: StableDiffusion3Pipeline, compute: float, **reuse: Any) -> Any:
-    blocks = sl.BlockRouting(router="drift", widths=(1.0,))
+def by(router: Any, pipe: StableDiffusion3Pipeline, compute: float, **reuse: Any) -> Any:
+    blocks = sl.BlockRouting(router=router, widths=(1.0,))
     sl.attach(pipe, sl.RoutingConfig(None, blocks, reuse=sl.Reuse(**reuse), compute=compute))
     return routed_of(pipe)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 30))
+def test_intervals_never_shrink_and_fill_the_generation(count: int, steps: int, longest: int) -> None:
+    steps = max(steps, count)
+    longest = max(longest, math.ceil(steps / count))
+    runs = run_steps(count, steps, longest)
+    intervals = [end - start for start, end in zip(runs, [*runs[1:], steps], strict=True)]
+    assert len(runs) == count and runs[0] == 0
+    assert intervals == sorted(intervals) and intervals[0] >= 1 and intervals[-1] <= longest
+    # Between even and threefold from first to last, up to rounding.
+    mean = steps / count
+    assert intervals[-1] <= math.ceil(1.5 * mean) + 1 and intervals[0] >= math.floor(0.5 * mean) - 1
+
+
+@pytest.mark.parametrize(("compute", "runs"), [(0.7, [0, 1, 2, 3, 4, 6, 8]), (0.5, [0, 1, 2, 4, 7]), (0.25, [0, 2])])
+def test_at_intervals_all_blocks_run_or_none(
+    pipe: StableDiffusion3Pipeline, monkeypatch: pytest.MonkeyPatch, compute: float, runs: list[int]
+) -> None:
+    monkeypatch.setattr(BlockResiduals, "relative_drift", None)  # nothing is read from the device
+    routed = free(pipe, compute, forecast=0.5)
+    assert routed.routed == (0, 1, 2, 3)  # the first as well: no router reads what it makes
+    residuals: dict[tuple[int, str], list[tuple[int, Tensor]]] = {}
+    ran: dict[int, set[int]] = {}
+
+    def watch(block: int, x: Tensor, out: Tensor, kept: Any, text: tuple[Tensor, Tensor] | None) -> None:
+        step = routed.context.step
+        streams = {"image": (x, out)} | ({} if text is None else {"text": text})  # the last block drops the text
+        for name, (before, after) in streams.items():
+            known = residuals.setdefault((block, name), [])
+            if step in runs:
+                known.append((step, after - before))
+                continue
+            if block == 3 and name == "text":  # it has none to add to: the text passes by
+                assert torch.equal(after, before)
+                continue
+            at, expected = known[-1]
+            if len(known) > 1:
+                interval = at - known[-2][0]
+                share = max(0, 1 - interval / 5) * min(1, (step - at) / interval)
+                expected = expected + share * (expected - known[-2][1])
+            torch.testing.assert_close(after, before + expected, atol=1e-5, rtol=1e-4)
+            ran.setdefault(step, set()).add(block)
+
+    routed.observer = watch
+    walk(pipe, tiny_inputs(2), 10)
+    assert sorted(ran) == [step for step in range(10) if step not in runs]
+    assert routed.spending.ratio == pytest.approx(len(runs) / 10)
+    assert sl.planned_ratio(pipe, 10) == pytest.approx(len(runs) / 10)
+    assert {name for _, name in residuals} == {"image", "text"}
+    routed.observer = None
+    with routed.variant(blocks={"router": "age"}):  # the same request, another plan
+        walk(pipe, tiny_inputs(2), 10)
+        assert any(0 < sum(row) < 4 for row in routed.spending.map())
+
+
+def test_no_residual_serves_longer_than_its_greatest_age(pipe: StableDiffusion3Pipeline) -> None:
+    routed = free(pipe, 0.4, max_age=3)
+    walk(pipe, tiny_inputs(1), 10)
+    assert routed.spending.ratio == pytest.approx(0.4)  # 0, 3, 6, 9 or closer
+    with pytest.raises(sl.BudgetError, match=r"4 run everything \(Reuse.max_age\)") as caught:
+        sl.set_budget(pipe, compute=0.35)
+        walk(pipe, tiny_inputs(1), 10)
+    sl.set_budget(pipe, compute=caught.value.nearest)
+    walk(pipe, tiny_inputs(1), 10)
 
 
 def test_the_oldest_residuals_are_made_new_in_the_order_of_the_backbone(
     pipe: StableDiffusion3Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BlockResiduals, "relative_drift", None)  # nothing is read from the device
-    routed = free(pipe, 0.6, warmup=0.1)
+    routed = by("age", pipe, 0.6, warmup=0.1, forecast=0.0)
     ran: dict[int, list[int]] = {}
 
     def watch(block: int, x: Tensor, out: Tensor, kept: Any, text: Any) -> None:
@@ -56,7 +126,7 @@ def test_the_oldest_residuals_are_made_new_in_the_order_of_the_backbone(
 
 @pytest.mark.parametrize("compute", [0.95, 0.7, 0.6, 0.5])
 def test_the_warm_up_leaves_the_later_steps_a_third(pipe: StableDiffusion3Pipeline, compute: float) -> None:
-    routed = free(pipe, compute)
+    routed = by("age", pipe, compute)
     walk(pipe, tiny_inputs(1), 20)
     request = routed.request(tuple(float(time) for time in pipe.scheduler.timesteps), 64, 7)
     plan = routed.stale.plan(request, routed.budget, [(64,) * 3] * 20)
@@ -70,7 +140,7 @@ def test_the_warm_up_leaves_the_later_steps_a_third(pipe: StableDiffusion3Pipeli
 
 
 def test_the_blocks_that_moved_most_run_as_far_as_the_budget_goes(pipe: StableDiffusion3Pipeline) -> None:
-    routed = by_drift(pipe, 0.6, warmup=0.1)
+    routed = by("drift", pipe, 0.6, warmup=0.1, forecast=0.0)
     needs: dict[int, dict[int, float]] = {}
     ran: dict[int, set[int]] = {}
     memory: dict[int, tuple[Tensor, int, float]] = {}
@@ -179,7 +249,7 @@ def test_the_conditional_branch_decides_for_both_batched_or_split(pipe: StableDi
 
 
 def test_what_must_run_is_paid_for_by_later_steps(pipe: StableDiffusion3Pipeline) -> None:
-    routed = free(pipe, 0.7, warmup=0.1)
+    routed = by("age", pipe, 0.7, warmup=0.1)
     entry = routed._entry
     routed._entry = lambda block, x, text: None if block == 3 else entry(block, x, text)  # no room for its residuals
     walk(pipe, tiny_inputs(1), 12)
@@ -195,7 +265,7 @@ def test_everything_is_dense_and_prompts_do_not_meet(pipe: StableDiffusion3Pipel
     assert not torch.equal(routed, dense)
     sample(pipe, PROMPTS[1:])
     assert torch.equal(sample(pipe, PROMPTS[:1]), routed)
-    assert "residual is oldest run" in sl.summary(pipe)
+    assert "blocks: all run at growing intervals" in sl.summary(pipe)
     sl.set_budget(pipe, compute=1.0)
     assert torch.equal(sample(pipe, PROMPTS[:1]), dense)
     sl.detach(pipe)
@@ -211,7 +281,7 @@ def test_without_memory_blocks_run(pipe: StableDiffusion3Pipeline) -> None:
 def test_what_cannot_be_is_refused(pipe: StableDiffusion3Pipeline) -> None:
     with pytest.raises(sl.AdapterError, match="give compute="):
         sl.RoutingConfig.training_free(axis="blocks")
-    for router in ("age", "drift"):
+    for router in ("interval", "age", "drift"):
         with pytest.raises(sl.AdapterError, match=f"router='{router}' knows no widths"):
             sl.BlockRouting(router=router)
     with pytest.raises(sl.AdapterError, match="give RoutingConfig reuse"):
@@ -223,8 +293,8 @@ def test_what_cannot_be_is_refused(pipe: StableDiffusion3Pipeline) -> None:
     with pytest.raises(sl.UnsupportedBackboneError, match="Attach to the pipeline"):
         sl.attach(pipe.transformer, sl.RoutingConfig.training_free(compute=0.5, axis="blocks"))
     free(pipe, 0.6)
-    with pytest.raises(sl.BudgetError, match="first runs everything.*nearest"):
+    with pytest.raises(sl.BudgetError, match=r"5 run everything \(Reuse.max_age\). The nearest is compute=0.1"):
         sl.set_budget(pipe, compute=0.05)
-    with pytest.raises(sl.BudgetError, match="in 2 steps"):
-        sl.set_budget(pipe, compute=0.5)
+    with pytest.raises(sl.BudgetError, match="in 2 steps: the first runs everything"):
+        sl.set_budget(pipe, compute=0.4)
         walk(pipe, tiny_inputs(1), 2)

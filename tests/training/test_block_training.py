@@ -239,5 +239,5 @@ def test_gradient_checkpointing_trains_the_same_gates(make_trainer: MakeTrainer)
 
 
 def test_what_has_nothing_to_train_is_refused(make_trainer: MakeTrainer) -> None:
-    with pytest.raises(sl.TrainingError, match="router='age' has nothing to train"):
+    with pytest.raises(sl.TrainingError, match="router='interval' has nothing to train"):
         make_trainer(routing=sl.RoutingConfig.training_free(compute=0.5, axis="blocks"))

@@ -45,7 +45,7 @@ def test_the_damage_is_that_of_one_block_which_adds_its_old_residual(pipe: Stabl
     forward = model.transformer_blocks[2].forward
 
     def stale(hidden_states: Any, encoder_hidden_states: Any, **kwargs: Any) -> Any:
-        return encoder_hidden_states + cached[2].text, hidden_states + cached[2].residual
+        return encoder_hidden_states + cached[2].text_residual, hidden_states + cached[2].residual
 
     model.transformer_blocks[2].forward = stale
     with routed.switched(False):

@@ -96,11 +96,11 @@ def test_a_closed_gate_learns_what_running_adds_to_its_residual() -> None:
     ran = torch.tensor(runs)[:, None, None]
     image, words = session.leave(1, (x, text), (torch.where(ran, out, x), torch.where(ran, text_out, text)))
     torch.testing.assert_close(image, torch.where(ran, out, x + cached.residual))
-    torch.testing.assert_close(words, torch.where(ran, text_out, text + cached.text))
+    torch.testing.assert_close(words, torch.where(ran, text_out, text + cached.text_residual))
     upstream, upstream_text = torch.randn_like(x), torch.randn_like(text)
     ((image * upstream).sum() + (words * upstream_text).sum()).backward()
     gain = torch.where(ran, out - x, teacher.residuals[1]) - cached.residual
-    text_gain = torch.where(ran, text_out - text, teacher.text_residuals[1]) - cached.text
+    text_gain = torch.where(ran, text_out - text, teacher.text_residuals[1]) - cached.text_residual
     total = (upstream * gain).sum((1, 2)) + (upstream_text * text_gain).sum((1, 2))
     p = torch.sigmoid(logits.detach()[:, 0] + 0.5 * math.log(3) + 0.2)
     torch.testing.assert_close(logits.grad[:, 0], total * p * (1 - p))

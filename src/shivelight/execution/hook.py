@@ -171,10 +171,7 @@ class BlockHook(ModelHook):
             return self._train(module, call)
         decisions = routed.decide(self.block, x, call.text)
         scores = self._scores_for(x, decisions)  # before the entry: a new one would have nothing to rank by
-        entry = None
-        if routed.reuses:
-            text = call.text if routed.config.blocks is not None else None
-            entry = routed.residuals.enter((routed.context.call, self.block), x, text)
+        entry = routed.remember(self.block, x, call.text)
         image, text, indices = self._route(module, call, decisions, Selection(scores), entry)
         routed.residuals.trim()
         if routed.observer is not None:
@@ -279,8 +276,9 @@ class BlockHook(ModelHook):
             image, text = self._run(module, call, call.on_tokens(x, indices), decision.width, selection.masks)
         assert self.routed.config.reuse is not None
         reuse = self.routed.config.reuse
-        entry.update_text(call.text, text)
-        return entry.update(x, indices, image, self.routed.context.step, reuse.max_age), text, indices
+        step = self.routed.context.step
+        entry.update_text(call.text, text, step)
+        return entry.update(x, indices, image, step, reuse.max_age), text, indices
 
     def _run(
         self, module: nn.Module, call: BlockCall, arguments: dict[str, Any], width: float, masks: Tensor | None

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shivelight.execution.series import NEVER, Series
 from shivelight.execution.tokens import gather_tokens, write_back, write_rows
 
 _EXPIRED = 1e6
-_NEVER = -(2**20)
 
 
 class BlockResiduals:
@@ -23,37 +23,37 @@ class BlockResiduals:
     Args:
         x: [B, N, D], tells shape, dtype and device.
         text: [B, M, D], the text tokens, or None where the block has none.
+        horizon: in steps, of forecasts; 0 for none.
     """
 
-    def __init__(self, x: Tensor, text: Tensor | None = None) -> None:
-        self.residual = torch.zeros_like(x)
-        self.text = None if text is None else torch.zeros_like(text)
+    def __init__(self, x: Tensor, text: Tensor | None = None, horizon: float = 0.0) -> None:
+        self.image = Series(x, horizon)
+        self.text = None if text is None else Series(text, horizon)
         # On the host, for each sample: whether every token has run once, how often in a row the block was left out, when it
         # ran.
         self.complete = [False] * len(x)
         self.reused = [0] * len(x)
-        self.ran_at = [_NEVER] * len(x)
-        self.refreshed = torch.full(x.shape[:2], _NEVER, dtype=torch.int32, device=x.device)
+        self.ran_at = [NEVER] * len(x)
         self.drift = torch.zeros(x.shape[:2], device=x.device)
         self.projections: dict[str, Tensor] = {}
 
     @property
     def bytes(self) -> int:
         """Memory held."""
-        held = (self.residual, self.text, self.refreshed, self.drift, *self.projections.values())
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        held = (self.drift, *self.projections.values())
+        text = 0 if self.text is None else self.text.bytes
+        return self.image.bytes + text + sum(t.numel() * t.element_size() for t in held)
 
     def fits(self, x: Tensor, text: Tensor | None = None) -> bool:
         """Whether it belongs to tokens of this shape, dtype and device."""
-        kept = self.residual
-        same_text = (None if self.text is None else self.text.shape) == (None if text is None else text.shape)
-        return same_text and (kept.shape, kept.dtype, kept.device) == (x.shape, x.dtype, x.device)
+        own = None if self.text is None else self.text.last.shape
+        return own == (None if text is None else text.shape) and self.image.fits(x)
 
     def take(self, samples: Tensor, chosen: Sequence[int]) -> "BlockResiduals":
         """The entries of some samples, as copies; their numbers [b] on x's device, and on the host."""
         part = BlockResiduals.__new__(BlockResiduals)
-        part.residual, part.refreshed = self.residual[samples], self.refreshed[samples]
-        part.drift, part.text = self.drift[samples], None if self.text is None else self.text[samples]
+        part.image, part.text = self.image.take(samples), None if self.text is None else self.text.take(samples)
+        part.drift = self.drift[samples]
         part.complete = [self.complete[sample] for sample in chosen]
         part.reused = [self.reused[sample] for sample in chosen]
         part.ran_at = [self.ran_at[sample] for sample in chosen]
@@ -63,10 +63,10 @@ class BlockResiduals:
 
     def put(self, samples: Tensor, chosen: Sequence[int], part: "BlockResiduals") -> None:
         """Write back what `take` gave out."""
-        for name in ("residual", "refreshed", "drift"):
-            getattr(self, name)[samples] = getattr(part, name)
+        self.image.put(samples, part.image)
+        self.drift[samples] = part.drift
         if self.text is not None and part.text is not None:
-            self.text[samples] = part.text
+            self.text.put(samples, part.text)
         for name, projection in part.projections.items():
             if name not in self.projections:
                 self.projections[name] = projection.new_zeros(len(self.complete), *projection.shape[1:])
@@ -81,7 +81,7 @@ class BlockResiduals:
 
     def relative_drift(self) -> Tensor:
         """How far the block's residual had moved when it was last computed, over its length: [B] fp32."""
-        length = torch.linalg.vector_norm(self.residual.float(), dim=(1, 2))
+        length = torch.linalg.vector_norm(self.image.last.float(), dim=(1, 2))
         return torch.linalg.vector_norm(self.drift, dim=1) / length.clamp(min=torch.finfo(torch.float32).tiny)
 
     def age(self, sample: int, step: int) -> int:
@@ -89,24 +89,27 @@ class BlockResiduals:
         return max(1, step - self.ran_at[sample])
 
     def add(self, x: Tensor, text: Tensor | None, step: int, max_age: int) -> tuple[Tensor, Tensor | None]:
-        """What a block that is left out adds: x + its last residual, for both streams; tokens whose residual was computed
+        """What a block that is left out adds: x + its expected residual, for both streams; tokens whose residual was computed
         more than `max_age` steps ago pass by."""
         self.reused = [count + 1 for count in self.reused]
-        stale = (step - self.refreshed > max_age)[..., None]
-        moved = torch.where(stale, x, x + self.residual)
-        return moved, text if text is None or self.text is None else text + self.text
+        moved = self._moved(x, step, max_age)
+        return moved, text if text is None or self.text is None else text + self.text.expected(step)
 
-    def update_text(self, text: Tensor | None, out: Tensor | None) -> None:
+    def _moved(self, x: Tensor, step: int, max_age: int) -> Tensor:
+        stale = (step - self.image.at > max_age)[..., None]
+        return torch.where(stale, x, x + self.image.expected(step))
+
+    def update_text(self, text: Tensor | None, out: Tensor | None, step: int) -> None:
         """Take in what a block has added to the text tokens [B, M, D]; `out` is None in a block that is the text's last."""
         if self.text is not None and text is not None and out is not None:
-            self.text = out - text
+            self.text.update(out - text, step)
 
     def scores(self, step: int, max_age: int) -> Tensor:
         """How much each token needs to run, [B, N] fp32: how far its residual had moved when last seen, times its age.
 
         Tokens whose residual may not be used any more come first, oldest first.
         """
-        age = (step - self.refreshed).float()
+        age = (step - self.image.at).float()
         return torch.where(age > max_age, _EXPIRED * (1 + age / max_age), self.drift * age)
 
     def log_drift(self, step: int, max_age: int) -> tuple[Tensor, Tensor]:
@@ -147,23 +150,20 @@ class BlockResiduals:
             max_age: residuals that were computed more steps ago are not used.
 
         Returns:
-            [B, N, D]: `out` exactly where the block ran, x + the last residual elsewhere (x alone where there is none).
+            [B, N, D]: `out` exactly where the block ran, x + the expected residual elsewhere (x alone where there is none).
         """
         self.reused, self.ran_at = [0] * len(x), [step] * len(x)
         if indices is None:
             self.complete = [True] * len(x)
             residual = out - x
-            self.drift = torch.linalg.vector_norm((residual - self.residual).float(), dim=-1)
-            self.residual = residual
-            self.refreshed = torch.full_like(self.refreshed, step)
+            self.drift = torch.linalg.vector_norm((residual - self.image.last).float(), dim=-1)
+            self.image.update(residual, step)
             return out
-        stale = (step - self.refreshed > max_age)[..., None]
         residual = out - gather_tokens(x, indices)
-        moved = torch.linalg.vector_norm((residual - gather_tokens(self.residual, indices)).float(), dim=-1)
-        completed = torch.where(stale, x, x + self.residual)
-        write_rows(self.residual, indices, residual)
+        moved = torch.linalg.vector_norm((residual - gather_tokens(self.image.last, indices)).float(), dim=-1)
+        completed = self._moved(x, step, max_age)
+        self.image.update(residual, step, indices)
         self.drift.scatter_(1, indices, moved)
-        self.refreshed.scatter_(1, indices, step)
         return write_back(completed, indices, out)
 
 
@@ -182,13 +182,14 @@ class CachedPass(BlockResiduals):
         self, x: Tensor, residual: Tensor, drift: Tensor, projections: dict[str, Tensor], text: Tensor | None = None
     ) -> None:
         super().__init__(x[:, :0])
-        self.residual, self.drift, self.projections, self.text = residual, drift, projections, text
+        self.residual, self.drift, self.projections, self.text_residual = residual, drift, projections, text
         self.complete = [True] * len(x)
 
     def take(self, samples: Tensor, chosen: Sequence[int]) -> "CachedPass":
         """The entries of some samples, as copies."""
         projections = {name: projection[samples] for name, projection in self.projections.items()}
-        text, residual = None if self.text is None else self.text[samples], self.residual[samples]
+        text = None if self.text_residual is None else self.text_residual[samples]
+        residual = self.residual[samples]
         return CachedPass(residual, residual, self.drift[samples], projections, text)
 
     def put(self, samples: Tensor, chosen: Sequence[int], part: BlockResiduals) -> None:
@@ -241,7 +242,7 @@ class ResidualCache:
     def scores(self, place: tuple[int, int], x: Tensor, samples: slice, step: int, max_age: int) -> Tensor | None:
         """`BlockResiduals.scores` of the chosen samples, or None where there is no entry; x [B, N, D] holds only those."""
         entry = self._entries.get(place)
-        if entry is None or entry.residual[samples].shape != x.shape:
+        if entry is None or entry.image.last[samples].shape != x.shape:
             return None
         return entry.scores(step, max_age)[samples]
 
@@ -250,7 +251,7 @@ class ResidualCache:
     ) -> tuple[Tensor, Tensor] | None:
         """`BlockResiduals.log_drift` of the chosen samples, or None where there is no entry."""
         entry = self._entries.get(place)
-        if entry is None or entry.residual[samples].shape != x.shape:
+        if entry is None or entry.image.last[samples].shape != x.shape:
             return None
         drift, expired = entry.log_drift(step, max_age)
         return drift[samples], expired[samples]
@@ -260,11 +261,14 @@ class ResidualCache:
         entry = self._entries.get(place)
         return entry if entry is not None and entry.fits(x, text) else None
 
-    def enter(self, place: tuple[int, int], x: Tensor, text: Tensor | None = None) -> BlockResiduals:
-        """The entry of a (pass, block) that is about to run on tokens x [B, N, D]; a new one where none fits."""
+    def enter(
+        self, place: tuple[int, int], x: Tensor, text: Tensor | None = None, horizon: float = 0.0
+    ) -> BlockResiduals:
+        """The entry of a (pass, block) that is about to run on tokens x [B, N, D]; a new one, with forecasts up to `horizon` steps,
+        where none fits."""
         entry = self.find(place, x, text)
         if entry is None:
-            entry = self._entries[place] = BlockResiduals(x, text)
+            entry = self._entries[place] = BlockResiduals(x, text, horizon)
         self._entries.move_to_end(place)
         return entry
 

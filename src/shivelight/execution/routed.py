@@ -82,7 +82,11 @@ class Routed(nn.Module):
         blocks = spec.block_list(model)
         self.spec, self.config = spec, config
         routes = config.tokens is not None or config.blocks is not None
-        self.routed = tuple(range(spec.first_routed, len(blocks))) if routes else ()
+        # The first blocks make the features that routers read; where none reads them, they may be left out like the others.
+        first = (
+            0 if config.tokens is None and config.blocks is not None and config.blocks.router == "interval" else None
+        )
+        self.routed = tuple(range(spec.first_routed if first is None else first, len(blocks))) if routes else ()
         self.router: TokenRouter | None = None
         self.policy: RatioPolicy | None = None
         tokens = config.tokens
@@ -355,6 +359,17 @@ class Routed(nn.Module):
             plan = None if gates is None else gates.plan(request, self.budget, schedule.keep)
             found = self.context.memo[key] = request, schedule, plan
         return found
+
+    def remember(self, block: int, x: Tensor, text: Tensor | None) -> BlockResiduals | None:
+        """The residuals of a block that is about to do what was decided in this pass, new ones where there are none; None where
+        nothing is reused."""
+        if not self.reuses:
+            return None
+        assert self.config.reuse is not None
+        assert self.context.steps is not None
+        horizon = self.config.reuse.forecast * len(self.context.steps)
+        text = text if self.config.blocks is not None else None
+        return self.residuals.enter((self.context.call, block), x, text, horizon)
 
     def _entry(self, block: int, x: Tensor, text: Tensor | None) -> BlockResiduals | None:
         """The residuals of a block in this pass, where some are reused and fit."""

@@ -1,8 +1,10 @@
-"""Block routing without training: the blocks whose residuals are stalest run, the others add their last ones; a static budget.
+"""Block routing without training: all blocks at intervals, or those whose residuals are stalest, run, and the others add what
+their residuals are expected to be; a static budget.
 
 Shapes: B samples, N image tokens, D width, T steps, L routed blocks.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,13 @@ from shivelight.execution.context import StepContext
 from shivelight.execution.gates import Decision
 from shivelight.execution.planning import Budget, Planner, Request, warm_steps
 from shivelight.execution.reuse import BlockResiduals
+
+# What each router without training does, in a summary.
+UNTRAINED = {
+    "interval": "all run at growing intervals",
+    "age": "those whose residual is oldest run",
+    "drift": "those whose residual moves most run",
+}
 
 Find = Callable[[int], BlockResiduals | None]
 
@@ -36,11 +45,36 @@ class StalePlan:
         return len(self.allotted)
 
 
-class StaleGates:
-    """Which blocks run: those whose residual is oldest, in the order of the backbone where ages are equal; or, with
-    router="drift", those whose age times how far the residual moved when it was last computed, over its length, is largest.
+# The last interval between runs of all blocks over the first (docs/decisions/training-free.md).
+_GROWTH = 3.0
 
-    By age alone nothing is read from the device, and the runs are known before the first step.
+
+def run_steps(count: int, steps: int, longest: int) -> list[int]:
+    """Steps of a generation at which all blocks run: the first, and others at intervals that never shrink, grow about
+    threefold from first to last, and never exceed `longest`.
+
+    Args:
+        count: how many, at least steps / longest.
+        steps: of the generation, at least `count`.
+        longest: an interval, in steps.
+    """
+    weights = [1 + (_GROWTH - 1) * place / max(1, count - 1) for place in range(count)]
+    ends = [round(steps * sum(weights[: place + 1]) / sum(weights)) for place in range(count)]
+    intervals = [max(1, end - start) for start, end in zip([0, *ends], ends, strict=False)]
+    while sum(intervals) > steps:
+        intervals[intervals.index(max(intervals))] -= 1
+    while max(intervals) > longest:
+        intervals[intervals.index(max(intervals))] -= 1
+        intervals[intervals.index(min(intervals))] += 1
+    return [0, *itertools.accumulate(sorted(intervals)[:-1])]
+
+
+class StaleGates:
+    """Which blocks run: with router="interval" all at some steps and none at the others; with "age" those whose residual is
+    oldest, in the order of the backbone where ages are equal; with "drift" those whose age times how far the residual moved
+    when it was last computed, over its length, is largest.
+
+    By intervals or age nothing is read from the device, and the runs are known before the first step.
 
     Args:
         config: of block routing; with cfg_gates="cond" the conditional branch's residuals decide for both.
@@ -68,7 +102,8 @@ class StaleGates:
         if budget.everything or budget.kind == "keep":
             return None
         return self.planner.once(
-            ("stale", budget, request, self.reuse, tuple(kept)), lambda: self._solve(request, budget, kept)
+            ("stale", self.config.router, budget, request, self.reuse, tuple(kept)),
+            lambda: self._solve(request, budget, kept),
         )
 
     def _solve(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> StalePlan:
@@ -76,18 +111,33 @@ class StaleGates:
         dense, always = planner.dense_flops(request.tokens, request.text_tokens)
         whole = planner.whole_flops(kept, request)
         left = (budget.value * dense - always) * steps
-        if left <= 0 or budget.value * dense * steps < always * steps + whole[0]:
-            # The first step always runs everything: there is nothing yet to reuse.
-            nearest = math.ceil(1e4 * (always * steps + whole[0]) / (dense * steps)) / 1e4
+        # The first step always runs everything: there is nothing yet to reuse.
+        fewest = math.ceil(steps / self.reuse.max_age) if self.config.router == "interval" else 1
+        least = math.fsum(whole[:1]) if fewest == 1 else math.fsum(whole[step] for step in self._runs(fewest, steps))
+        if left < least * (1 - 1e-9):
+            nearest = math.ceil(1e4 * (always * steps + least) / (dense * steps)) / 1e4
             raise BudgetError(
-                f"compute={budget.value} cannot be reached in {steps} steps: the first runs everything. The nearest is "
-                f"compute={nearest}.",
+                f"compute={budget.value} cannot be reached in {steps} steps: "
+                + ("the first runs everything." if fewest == 1 else f"{fewest} run everything (Reuse.max_age).")
+                + f" The nearest is compute={nearest}.",
                 nearest=nearest,
             )
+        if self.config.router == "interval":
+            return StalePlan(self._at_intervals(whole, fewest, left))
         warm = max(1, warm_steps(self.reuse.warmup, whole, left))
         # The steps after the warm-up share the rest by their own cost.
         rest = min(1.0, (left - math.fsum(whole[:warm])) / math.fsum(whole[warm:])) if warm < steps else 1.0
         return StalePlan((*whole[:warm], *(rest * cost for cost in whole[warm:])))
+
+    def _runs(self, count: int, steps: int) -> set[int]:
+        return set(run_steps(count, steps, self.reuse.max_age))
+
+    def _at_intervals(self, whole: Sequence[float], fewest: int, left: float) -> tuple[float, ...]:
+        """What each step may spend, where as many as possible run everything and the others nothing."""
+        plans = (self._runs(count, len(whole)) for count in range(len(whole), fewest, -1))
+        affordable = (runs for runs in plans if math.fsum(whole[step] for step in runs) <= left * (1 + 1e-9))
+        runs = next(affordable, None) or self._runs(fewest, len(whole))
+        return tuple(cost if step in runs else 0.0 for step, cost in enumerate(whole))
 
     def decide(
         self,

@@ -51,7 +51,7 @@ def routing_config(bottleneck: int = 128) -> RoutingConfig:
         blocks=BlockRouting(
             router="elastic-dit", bottleneck=bottleneck, widths=WIDTHS, threshold=0.5, cfg_gates="each", decide="block"
         ),
-        reuse=Reuse(margin=0.015, max_reuses=10, blocks_after=0.5, warmup=0.0, max_cache_mb=_CACHE_MB),
+        reuse=Reuse(margin=0.015, max_reuses=10, blocks_after=0.5, warmup=0.0, max_cache_mb=_CACHE_MB, forecast=0.0),
         activation="quick-gelu",
     )
 

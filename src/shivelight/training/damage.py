@@ -72,8 +72,8 @@ class OneClosed:
         if block != self.block:
             return after
         image, text = before
-        if text is not None and self.cached.text is not None:
-            text = text + self.cached.text.to(text.dtype)
+        if text is not None and self.cached.text_residual is not None:
+            text = text + self.cached.text_residual.to(text.dtype)
         return image + self.cached.residual.to(image.dtype), text
 
 

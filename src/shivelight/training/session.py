@@ -169,7 +169,7 @@ class BlockSession:
         """x + g (Block(x) - x) on both streams; for samples that skip the block, the teacher's residual says what it is. With
         cached residuals c instead x + c + g (Block(x) - x - c)."""
         gate, cached = self._gates[block], self.cached.get(block)
-        stale = (None, None) if cached is None else (cached.residual, cached.text)
+        stale = (None, None) if cached is None else (cached.residual, cached.text_residual)
         image = self._gated(before[0], after[0], gate, self.teacher.residuals[block], stale[0])
         text = after[1]
         if text is not None and before[1] is not None and block in self.teacher.text_residuals:
