@@ -50,8 +50,8 @@ def watch(routed: Any) -> dict[tuple[int, int], tuple[Decision, ...]]:
     seen: dict[tuple[int, int], tuple[Decision, ...]] = {}
     decide = routed.decide
 
-    def noting(block: int, x: Tensor, text: Tensor | None) -> tuple[Decision, ...]:
-        decisions = decide(block, x, text)
+    def noting(block: int, x: Tensor, text: Tensor | None, text_tokens: int) -> tuple[Decision, ...]:
+        decisions = decide(block, x, text, text_tokens)
         seen[routed.context.step, block] = decisions * (len(x) // len(decisions))
         return decisions
 

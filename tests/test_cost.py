@@ -92,8 +92,7 @@ def test_the_planned_ratio_is_the_share_of_the_dense_flops() -> None:
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 1.0])
 def test_the_plan_of_a_narrow_block_is_what_torch_counts(pipe: StableDiffusion3Pipeline, share: float) -> None:
     spec, blocks = find_spec(pipe.transformer), pipe.transformer.transformer_blocks
-    assert spec.mlp is not None
-    narrow = NarrowMlps(dict(enumerate(blocks)), spec.mlp)
+    narrow = NarrowMlps(dict(enumerate(blocks)), spec.mlps(pipe.transformer))
     for index, cost in enumerate(backbone_costs(pipe.transformer, spec)):
         counter = FlopCounterMode(display=False)
         inputs = (torch.randn(1, 12, 32), torch.randn(1, 5, 32), torch.randn(1, 32))

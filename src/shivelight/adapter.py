@@ -349,7 +349,8 @@ def _register_hooks(backbone: nn.Module, routed: Routed, spec: BackboneSpec) -> 
             registry.register_hook(ActivationHook(routed.config.activation), NAME)
     blocks = spec.block_list(backbone)
     for index in routed.routed:
-        HookRegistry.check_if_exists_or_initialize(blocks[index]).register_hook(BlockHook(routed, index), NAME)
+        kind, block = blocks[index]
+        HookRegistry.check_if_exists_or_initialize(block).register_hook(BlockHook(routed, index, kind), NAME)
     registry = HookRegistry.check_if_exists_or_initialize(backbone)
     registry.register_hook(RootHook(routed), NAME)
     registry.invalidate_child_registries_cache()
@@ -366,16 +367,16 @@ def _register_hooks(backbone: nn.Module, routed: Routed, spec: BackboneSpec) -> 
 
 def _activated(backbone: nn.Module, spec: BackboneSpec) -> list[nn.Module]:
     """The modules of all blocks whose activation can be exchanged."""
-    name = None if spec.mlp is None else spec.mlp.activated
-    if name is None:
+    names = [None if kind.mlp is None else kind.mlp.activated for kind, _ in spec.block_list(backbone)]
+    if None in names:
         raise UnsupportedBackboneError(
             f"The adapter brings an activation, but the spec {spec.name!r} names no module that has one to exchange; fill "
             "in `mlp.activated`."
         )
     modules = []
-    for index, block in enumerate(spec.block_list(backbone)):
+    for index, (name, (_, block)) in enumerate(zip(names, spec.block_list(backbone), strict=True)):
         try:
-            module = block.get_submodule(name)
+            module = block.get_submodule(name or "")
         except AttributeError:
             module = None
         if not isinstance(module, GELU):

@@ -39,6 +39,10 @@ class BlockCost:
         image_width: summed width of the attentions over image tokens alone.
         channels: hidden channels H of the image stream's MLP that can be narrowed; 0 where none can.
         channel_weights: elements of the image stream's weight matrices that each of them adds.
+        text_channel_weights: likewise of the text stream's, where both go through the same MLP.
+        cross_width: summed width of the attentions of image tokens over text tokens.
+        linear_area: summed width x (head size + 1) of the attentions whose cost is linear in the image tokens.
+        both_weights: elements that are in `image_weights` and in `text_weights`, being the same.
     """
 
     image_weights: int
@@ -48,6 +52,10 @@ class BlockCost:
     image_width: int
     channels: int = 0
     channel_weights: int = 0
+    text_channel_weights: int = 0
+    cross_width: int = 0
+    linear_area: int = 0
+    both_weights: int = 0
 
     def flops(self, tokens: int, text_tokens: int, mlp_width: float = 1.0, attended: int | None = None) -> int:
         """FLOPs of one forward pass of one sample with `tokens` image tokens and this share of the MLP's channels.
@@ -55,26 +63,29 @@ class BlockCost:
         The image tokens that are attended to are those that run, unless `attended` says more (keys and values reused).
         """
         attended = tokens if attended is None else attended
-        image_weights = self._image_weights(mlp_width)
-        linear = 2 * (image_weights * tokens + self.text_weights * text_tokens + self.sample_weights)
+        image_weights, text_weights = self._token_weights(mlp_width)
+        linear = 2 * (image_weights * tokens + text_weights * text_tokens + self.sample_weights)
         # Scores and weighted sum: two products of (queries x keys x width) each.
         joint = (tokens + text_tokens) * (attended + text_tokens)
-        attention = 4 * (self.joint_width * joint + self.image_width * tokens * attended)
-        return linear + attention
+        attention = self.joint_width * joint + self.image_width * tokens * attended
+        return linear + 4 * (attention + self.cross_width * tokens * text_tokens + self.linear_area * tokens)
 
     def bytes_moved(self, tokens: int, text_tokens: int, width: int, element_size: int, mlp_width: float = 1.0) -> int:
         """Least memory traffic: every weight in use once, both streams in and out once."""
-        weights = self._image_weights(mlp_width) + self.text_weights + self.sample_weights
+        image_weights, text_weights = self._token_weights(mlp_width)
+        shared = self.both_weights - (self.text_weights - text_weights)  # read once
+        weights = image_weights + text_weights - shared + self.sample_weights
         return element_size * (weights + 2 * width * (tokens + text_tokens))
 
-    def _image_weights(self, mlp_width: float) -> int:
+    def _token_weights(self, mlp_width: float) -> tuple[int, int]:
         left_out = self.channels - kept_channels(mlp_width, self.channels)
-        return self.image_weights - self.channel_weights * left_out
+        text = self.text_weights - self.text_channel_weights * left_out
+        return self.image_weights - self.channel_weights * left_out, text
 
 
 def block_cost(block: nn.Module, streams: Streams, mlp: Mlp | None = None) -> BlockCost:
-    """Count one block; a linear layer or attention that no stream claims raises, so nothing is forgotten."""
-    totals = {"image": 0, "text": 0, "sample": 0}
+    """Count one block; a linear layer or convolution that no stream claims raises, so nothing is forgotten."""
+    totals = {"image": 0, "text": 0, "both": 0, "sample": 0}
     for name, weight in _linear_weights(block):
         claimed = [stream for stream in totals if _matches(name, getattr(streams, stream))]
         if len(claimed) != 1:
@@ -83,23 +94,31 @@ def block_cost(block: nn.Module, streams: Streams, mlp: Mlp | None = None) -> Bl
                 "its spec's Streams must name every linear layer exactly once."
             )
         totals[claimed[0]] += weight
-    joint = sum(_attention_width(block, name) for name in streams.joint_attention)
-    alone = sum(_attention_width(block, name) for name in streams.image_attention)
-    channels, channel_weights = 0, 0
+    joint, alone, cross = (
+        sum(_attention_width(block, name) for name in names)
+        for names in (streams.joint_attention, streams.image_attention, streams.cross_attention)
+    )
+    # Beside its values, such an attention sums a row of ones, by which it divides.
+    linear = sum(_attention_width(block, name) * (_head_size(block, name) + 1) for name in streams.linear_attention)
+    channels, channel_weights, text_channel_weights = 0, 0, 0
     if mlp is not None:
-        elsewhere = [name for name in (*mlp.up, mlp.down) if not _matches(name, streams.image)]
+        elsewhere = [name for name in (*mlp.up, mlp.down) if not _matches(name, (*streams.image, *streams.both))]
         if elsewhere:
             raise UnsupportedBackboneError(
                 f"The spec's MLP of {type(block).__name__} names {elsewhere}, which its Streams do not count for the image "
                 "tokens; only the image stream's MLP can be narrowed."
             )
         channels, channel_weights = mlp.channels(block), mlp.channel_weights(block)
-    return BlockCost(totals["image"], totals["text"], totals["sample"], joint, alone, channels, channel_weights)
+        text_channel_weights = channel_weights if _matches(mlp.down, streams.both) else 0
+    return BlockCost(
+        totals["image"] + totals["both"], totals["text"] + totals["both"], totals["sample"], joint, alone,
+        channels, channel_weights, text_channel_weights, cross, linear, totals["both"],
+    )  # fmt: skip
 
 
 def backbone_costs(model: nn.Module, spec: BackboneSpec) -> list[BlockCost]:
     """`BlockCost` of every block of a model."""
-    return [block_cost(block, spec.streams, spec.mlp) for block in spec.block_list(model)]
+    return [block_cost(block, kind.streams, kind.mlp) for kind, block in spec.block_list(model)]
 
 
 def step_flops(
@@ -155,10 +174,17 @@ def _linear_weights(block: nn.Module) -> Iterator[tuple[str, int]]:
         )
         if linear and ".lora_" not in name and not name.startswith("lora_"):
             yield name.removesuffix(".base_layer"), module.in_features * module.out_features
+        elif isinstance(module, nn.Conv2d):  # each of its weights meets each place once
+            yield name, module.weight.numel()
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _head_size(block: nn.Module, name: str) -> int:
+    attention = getattr(block, name, None)
+    return 0 if attention is None else int(attention.inner_dim) // int(attention.heads)
 
 
 def _attention_width(block: nn.Module, name: str) -> int:

@@ -59,16 +59,20 @@ class UserDiT(nn.Module):
 USER_SPEC = BackboneSpec(
     name="user",
     classes=("UserDiT",),
-    blocks="layers",
-    block_arguments=("tokens", "emb", "places"),
-    image_argument="tokens",
-    token_arguments=("places",),
-    returns=("image",),
+    blocks=(
+        spec.BlockSpec(
+            path="layers",
+            arguments=("tokens", "emb", "places"),
+            image_argument="tokens",
+            token_arguments=("places",),
+            returns=("image",),
+            streams=spec.Streams(image=("mix",)),
+        ),
+    ),
     timestep_embedding="embed_time",
     timestep_argument="time",
     timestep_scale=1000.0,
     model_arguments=("x", "time", "places"),
-    streams=spec.Streams(image=("mix",)),
     delta_targets=r"layers\.\d+\.mix",
     widths=lambda model: (8, 8, None),
     default_shape=lambda model: (10, 0),
@@ -106,11 +110,11 @@ def test_a_model_without_a_block_to_route_is_refused(layers: int) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"blocks": "layers"},
-        {"blocks": "proj_out"},
+        {"blocks": (replace(sd3.SPEC.blocks[0], path="layers"),)},
+        {"blocks": (replace(sd3.SPEC.blocks[0], path="proj_out"),)},
         {"timestep_embedding": "time_embed"},
         {"condition_embedding": "time_text_embed.pooled"},
-        {"streams": spec.Streams(image=("attn.*",))},
+        {"blocks": (replace(sd3.SPEC.blocks[0], streams=spec.Streams(image=("attn.*",))),)},
     ],
 )
 def test_a_wrong_spec_is_refused_and_leaves_the_model_as_it_was(changes: dict[str, object]) -> None:

@@ -44,14 +44,14 @@ def run(model: SD3Transformer2DModel, call: dict[str, Tensor]) -> Tensor:
 def test_a_block_call_is_read_by_name_however_it_is_passed() -> None:
     image, text, temb = torch.randn(1, 4, 2), torch.randn(1, 3, 2), torch.randn(1, 2)
     for call in (
-        BlockCall(sd3.SPEC, (image, text, temb, None), {}),
-        BlockCall(sd3.SPEC, (image,), {"temb": temb, "encoder_hidden_states": text}),
+        BlockCall(sd3.SPEC.blocks[0], (image, text, temb, None), {}),
+        BlockCall(sd3.SPEC.blocks[0], (image,), {"temb": temb, "encoder_hidden_states": text}),
     ):
         assert call.image is image and call.text is text and call.arguments["temb"] is temb
         moved = call.on_tokens(image, torch.tensor([[3, 1]]))
         assert torch.equal(moved["hidden_states"], image[:, [3, 1]]) and moved["encoder_hidden_states"] is text
         assert call.image is image
-    assert BlockCall(sd3.SPEC, (image,), {"encoder_hidden_states": None}).text is None
+    assert BlockCall(sd3.SPEC.blocks[0], (image,), {"encoder_hidden_states": None}).text is None
     assert call.split((None, image)) == (image, None) and call.join(image, None) == (None, image)
     assert call.split((text, image)) == (image, text) and call.join(image, text) == (text, image)
 

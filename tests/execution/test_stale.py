@@ -222,8 +222,8 @@ def test_the_conditional_branch_decides_for_both_batched_or_split(pipe: StableDi
         outputs, decided = [], []
         decide = routed.decide
 
-        def noting(block: int, x: Tensor, text: Tensor | None) -> Any:
-            parts = decide(block, x, text)  # noqa: B023
+        def noting(block: int, x: Tensor, text: Tensor | None, text_tokens: int) -> Any:
+            parts = decide(block, x, text, text_tokens)  # noqa: B023
             decided.append(parts * (len(x) // len(parts)))  # noqa: B023
             return parts
 

@@ -39,7 +39,7 @@ class Case:
     hidden: int = H
 
     def narrow(self, orders: dict[int, Tensor] | None = None) -> NarrowMlps:
-        return NarrowMlps({3: self.block}, self.mlp, orders)
+        return NarrowMlps({3: self.block}, {3: self.mlp}, orders)
 
     def order(self) -> dict[int, Tensor]:
         return {3: torch.randperm(self.hidden, generator=torch.Generator().manual_seed(5))}
@@ -57,7 +57,7 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> Case:
         block.silu = nn.SiLU()  # its own computes in fp32, where a result depends on its place in a vector
         case = Case(block, SEPARATE, (x,))
     elif name == "joint":
-        case = Case(JointTransformerBlock(D, 2, 8), sd3.SPEC.mlp, (x, text, time), 4 * D)
+        case = Case(JointTransformerBlock(D, 2, 8), sd3.SPEC.blocks[0].mlp, (x, text, time), 4 * D)
     else:
         case = Case(FluxSingleTransformerBlock(D, 2, 8, mlp_ratio=H / D), FUSED, (x, text, time))
     case.block.to(dtype).requires_grad_(False).eval()
@@ -125,7 +125,7 @@ def test_the_full_width_touches_nothing(name: str) -> None:
 
 def test_only_the_image_streams_mlp_of_sd3_is_narrowed(pipe: StableDiffusion3Pipeline) -> None:
     blocks = dict(enumerate(pipe.transformer.transformer_blocks))
-    narrow = NarrowMlps(blocks, sd3.SPEC.mlp)
+    narrow = NarrowMlps(blocks, dict.fromkeys(blocks, sd3.SPEC.blocks[0].mlp))
     for index in blocks:  # dual attention in 0 and 1, context_pre_only in 3
         assert {name: tuple(part.shape) for name, part in narrow.replacements(index, 0.25).items()} == {
             "ff.net.0.proj.weight": (32, 32), "ff.net.0.proj.bias": (32,), "ff.net.2.weight": (32, 32)
@@ -270,7 +270,9 @@ def test_writing_through_data_needs_forget() -> None:
 
 def test_forgetting_one_block_leaves_the_others() -> None:
     case = make("gelu")
-    narrow = NarrowMlps({1: case.block, 2: make("gelu").block}, PLAIN, {1: case.order()[3], 2: case.order()[3]})
+    narrow = NarrowMlps(
+        {1: case.block, 2: make("gelu").block}, {1: PLAIN, 2: PLAIN}, {1: case.order()[3], 2: case.order()[3]}
+    )
     narrow.replacements(1, 0.5)
     one = narrow.memory()
     narrow.replacements(2, 0.5)
@@ -466,4 +468,4 @@ def test_a_width_that_was_not_prepared_is_refused() -> None:
 )
 def test_a_spec_that_does_not_fit_the_block_is_refused(mlp: Mlp, message: str) -> None:
     with pytest.raises(sl.UnsupportedBackboneError, match=message):
-        NarrowMlps({3: make("gelu").block}, mlp)
+        NarrowMlps({3: make("gelu").block}, {3: mlp})

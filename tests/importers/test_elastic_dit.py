@@ -59,8 +59,8 @@ class Watch:
         if routed is not None:
             decide = routed.decide
 
-            def deciding(block: int, x: Tensor, text: Tensor | None) -> Any:
-                parts = decide(block, x, text)
+            def deciding(block: int, x: Tensor, text: Tensor | None, text_tokens: int) -> Any:
+                parts = decide(block, x, text, text_tokens)
                 self.parts[self._place(block)] = parts * (len(x) // len(parts))
                 return parts
 

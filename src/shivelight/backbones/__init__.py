@@ -1,9 +1,9 @@
 """What the library must know of a DiT family: one short spec per family, and the registry."""
 
-from shivelight.backbones import qwen_image, sd3
-from shivelight.backbones.spec import BackboneSpec, Streams, find_spec, register_backbone
+from shivelight.backbones import dit, flux, pixart, qwen_image, sana, sd3, wan
+from shivelight.backbones.spec import BackboneSpec, BlockSpec, Mlp, Streams, find_spec, register_backbone
 
-for _family in (sd3, qwen_image):
+for _family in (sd3, flux, qwen_image, pixart, dit, wan, sana):
     register_backbone(_family.SPEC)
 
-__all__ = ["BackboneSpec", "Streams", "find_spec", "register_backbone"]
+__all__ = ["BackboneSpec", "BlockSpec", "Mlp", "Streams", "find_spec", "register_backbone"]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from shivelight.backbones.spec import BackboneSpec, Mlp, Streams
+from shivelight.backbones.spec import BackboneSpec, BlockSpec, Mlp, Streams
 
 
 def _obstacle(model: Any) -> str:
@@ -17,20 +17,33 @@ def _obstacle(model: Any) -> str:
 SPEC = BackboneSpec(
     name="qwen-image",
     classes=("QwenImageTransformer2DModel",),
-    blocks="transformer_blocks",
-    block_arguments=(
-        "hidden_states",
-        "encoder_hidden_states",
-        "encoder_hidden_states_mask",
-        "temb",
-        "image_rotary_emb",
-        "joint_attention_kwargs",
-        "modulate_index",
+    blocks=(
+        BlockSpec(
+            path="transformer_blocks",
+            arguments=(
+                "hidden_states",
+                "encoder_hidden_states",
+                "encoder_hidden_states_mask",
+                "temb",
+                "image_rotary_emb",
+                "joint_attention_kwargs",
+                "modulate_index",
+            ),
+            image_argument="hidden_states",
+            # Angles of the image's and of the text's places, [N, *] and [M, *].
+            shared_arguments=("image_rotary_emb",),
+            returns=("text", "image"),
+            streams=Streams(
+                image=("attn.to_[qkv]", "attn.to_out.0", "img_mlp.net.*"),
+                text=("attn.add_[qkv]_proj", "attn.to_add_out", "txt_mlp.net.*"),
+                sample=("img_mod.1", "txt_mod.1"),
+                joint_attention=("attn",),
+            ),
+            text_argument="encoder_hidden_states",
+            # Of the image stream; the text's, `txt_mlp`, runs whole.
+            mlp=Mlp(up=("img_mlp.net.0.proj",), down="img_mlp.net.2", activated="img_mlp.net.0"),
+        ),
     ),
-    image_argument="hidden_states",
-    # Angles of the image's and of the text's places, [N, *] and [M, *].
-    shared_arguments=("image_rotary_emb",),
-    returns=("text", "image"),
     timestep_embedding="time_text_embed",
     timestep_argument="timestep",
     # The pipelines pass timesteps over 1000.
@@ -47,12 +60,6 @@ SPEC = BackboneSpec(
         "additional_t_cond",
         "return_dict",
     ),
-    streams=Streams(
-        image=("attn.to_[qkv]", "attn.to_out.0", "img_mlp.net.*"),
-        text=("attn.add_[qkv]_proj", "attn.to_add_out", "txt_mlp.net.*"),
-        sample=("img_mod.1", "txt_mod.1"),
-        joint_attention=("attn",),
-    ),
     delta_targets=(
         r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
         r"|(img|txt)_mlp\.net\.(0\.proj|2))"
@@ -60,12 +67,9 @@ SPEC = BackboneSpec(
     widths=lambda model: (model.inner_dim, model.inner_dim, None),
     # 1328 x 1328 pixels at 16 a token, and a prompt of a few sentences.
     default_shape=lambda model: (83 * 83, 128),
-    text_argument="encoder_hidden_states",
     guidance="separate",
     # E-DiT's authors route every block.
     first_routed=0,
-    # Of the image stream; the text's, `txt_mlp`, runs whole.
-    mlp=Mlp(up=("img_mlp.net.0.proj",), down="img_mlp.net.2", activated="img_mlp.net.0"),
     no_tokens="Its rotary embedding has no batch dimension, so every sample would have to keep the same tokens.",
     obstacle=_obstacle,
 )

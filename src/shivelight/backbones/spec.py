@@ -17,16 +17,22 @@ class Streams:
     Attributes:
         image: applied to every image token.
         text: applied to every text token.
+        both: applied to every image token and to every text token.
         sample: applied once per sample (modulation).
         joint_attention: attention modules in which image and text tokens attend to each other.
         image_attention: attention modules among the image tokens alone.
+        cross_attention: attention modules in which image tokens attend to text tokens.
+        linear_attention: attention modules among the image tokens whose cost is linear in their number.
     """
 
-    image: tuple[str, ...]
+    image: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
+    both: tuple[str, ...] = ()
     sample: tuple[str, ...] = ()
     joint_attention: tuple[str, ...] = ()
     image_attention: tuple[str, ...] = ()
+    cross_attention: tuple[str, ...] = ()
+    linear_attention: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,75 +93,47 @@ class Mlp:
 
 
 @dataclass(frozen=True)
-class BackboneSpec:
-    """Data that lets routing run on a family without copying its forward.
+class BlockSpec:
+    """One kind of block of a family: where they are, what their forward takes and gives, and where its work is done.
 
     Attributes:
-        name: short name of the family, stored in adapters.
-        classes: class names of the models it fits (any class of a model's MRO counts).
-        blocks: attribute path of the ModuleList of blocks.
-        block_arguments: names of the block's forward parameters, in order.
+        path: attribute path of their ModuleList in the backbone.
+        arguments: names of the block's forward parameters, in order.
         image_argument: the one that holds the image tokens [B, N, D].
+        returns: what the block returns, in order; ("image",) means the bare tensor.
+        streams: where its work is done, for `cost.py`.
+        text_argument: the one that holds the text tokens [B, M, D] which the block returns changed, or None.
+        context_argument: the one that holds text tokens [B, M, *] which image tokens attend to and no block changes, or None.
         token_arguments: further ones whose dimension 1 follows the image tokens and must be gathered along.
         shared_arguments: those without a batch dimension, the same for all samples: never sliced, whatever their length.
-        returns: what the block returns, in order; ("image",) means the bare tensor.
-        timestep_embedding: path of the module whose output [B, T] embeds the timestep.
         context_linears: names, relative to the block, of the projections whose outputs [B, N, E] image tokens are attended
             by; a rejected token keeps its last one where residuals are reused.
-        condition_embedding: path of the module whose output [B, C] embeds the pooled condition, or None.
-        timestep_argument: name of the backbone's forward parameter that holds the timesteps.
-        model_arguments: names of the backbone's forward parameters, in order.
-        streams: where the block's work is done, for `cost.py`.
-        delta_targets: regular expression (full match, names relative to the backbone) of the linears that DoRA tunes.
-        text_argument: the block argument that holds the text tokens [B, M, D], or None.
-        timestep_scale: what the backbone's timestep is multiplied by to run from 0 to 1000.
-        widths: model -> (token width D, width of the timestep embedding, of the condition embedding or None).
-        default_shape: model -> (image tokens, text tokens) of its native resolution, for summaries before the first run.
-        guidance: how the family's pipelines run classifier-free guidance: in one batch (unconditional half first), as
-            separate calls, or never.
-        first_routed: blocks before this index are never pruned.
         mlp: the MLP of the image stream, whose hidden layer can be narrowed, or None.
-        no_tokens: why its tokens cannot be routed, a sentence; empty where they can.
-        obstacle: model -> why this one of the family cannot be routed as it is set up, a sentence; empty where it can.
     """
 
-    name: str
-    classes: tuple[str, ...]
-    blocks: str
-    block_arguments: tuple[str, ...]
+    path: str
+    arguments: tuple[str, ...]
     image_argument: str
     returns: tuple[str, ...]
-    timestep_embedding: str
-    timestep_argument: str
-    model_arguments: tuple[str, ...]
     streams: Streams
-    delta_targets: str
-    widths: Callable[[Any], tuple[int, int, int | None]]
-    default_shape: Callable[[Any], tuple[int, int]]
     text_argument: str | None = None
-    timestep_scale: float = 1.0
+    context_argument: str | None = None
     token_arguments: tuple[str, ...] = ()
     shared_arguments: tuple[str, ...] = ()
     context_linears: tuple[str, ...] = ()
-    condition_embedding: str | None = None
-    guidance: Literal["batched", "separate", "none"] = "none"
-    first_routed: int = 1
     mlp: Mlp | None = None
-    no_tokens: str = ""
-    obstacle: Callable[[Any], str] = lambda model: ""
 
-    def block_list(self, model: nn.Module) -> nn.ModuleList:
-        """The blocks of a model of this family."""
+    def list_in(self, model: nn.Module, family: str) -> nn.ModuleList:
+        """These blocks of a model."""
         try:
-            blocks = model.get_submodule(self.blocks)
+            blocks = model.get_submodule(self.path)
         except AttributeError as error:
             raise UnsupportedBackboneError(
-                f"{type(model).__name__} has no {self.blocks!r}, where the spec {self.name!r} expects the blocks."
+                f"{type(model).__name__} has no {self.path!r}, where the spec {family!r} expects blocks."
             ) from error
-        if not isinstance(blocks, nn.ModuleList) or len(blocks) <= self.first_routed:
+        if not isinstance(blocks, nn.ModuleList):
             raise UnsupportedBackboneError(
-                f"{type(model).__name__}.{self.blocks} has {len(list(blocks.children()))} blocks; routing never prunes "
-                f"the first {self.first_routed}, so there would be none to route."
+                f"{type(model).__name__}.{self.path} is a {type(blocks).__name__}; the spec {family!r} needs a ModuleList."
             )
         return blocks
 
@@ -167,6 +145,61 @@ class BackboneSpec:
             with suppress(AttributeError):
                 layers[name] = block.get_submodule(name)
         return layers
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Data that lets routing run on a family without copying its forward.
+
+    Attributes:
+        name: short name of the family, stored in adapters.
+        classes: class names of the models it fits (any class of a model's MRO counts).
+        blocks: the kinds of its blocks, in the order in which they run.
+        timestep_embedding: path of the module whose output [B, T] embeds the timestep.
+        timestep_argument: name of the backbone's forward parameter that holds the timesteps.
+        model_arguments: names of the backbone's forward parameters, in order.
+        delta_targets: regular expression (full match, names relative to the backbone) of the linears that DoRA tunes.
+        widths: model -> (token width D, width of the timestep embedding, of the condition embedding or None).
+        default_shape: model -> (image tokens, text tokens) of its native resolution, for summaries before the first run.
+        condition_embedding: path of the module whose output [B, C] embeds the pooled condition, or None.
+        timestep_scale: what the backbone's timestep is multiplied by to run from 0 to 1000.
+        guidance: how the family's pipelines run classifier-free guidance: in one batch (unconditional half first), as
+            separate calls, or never (or without saying so: every sample is then routed for itself).
+        first_routed: blocks before this index are never pruned.
+        no_tokens: why its tokens cannot be routed, a sentence; empty where they can.
+        obstacle: model -> why this one of the family cannot be routed as it is set up, a sentence; empty where it can.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    blocks: tuple[BlockSpec, ...]
+    timestep_embedding: str
+    timestep_argument: str
+    model_arguments: tuple[str, ...]
+    delta_targets: str
+    widths: Callable[[Any], tuple[int, int, int | None]]
+    default_shape: Callable[[Any], tuple[int, int]]
+    condition_embedding: str | None = None
+    timestep_scale: float = 1.0
+    guidance: Literal["batched", "separate", "none"] = "none"
+    first_routed: int = 1
+    no_tokens: str = ""
+    obstacle: Callable[[Any], str] = lambda model: ""
+
+    def block_list(self, model: nn.Module) -> list[tuple[BlockSpec, nn.Module]]:
+        """The blocks of a model of this family in the order in which they run, each with its kind."""
+        blocks = [(kind, block) for kind in self.blocks for block in kind.list_in(model, self.name)]
+        if len(blocks) <= self.first_routed:
+            raise UnsupportedBackboneError(
+                f"{type(model).__name__} has {len(blocks)} blocks in {', '.join(kind.path for kind in self.blocks)}; routing "
+                f"never prunes the first {self.first_routed}, so there would be none to route."
+            )
+        return blocks
+
+    def mlps(self, model: nn.Module) -> dict[int, Mlp]:
+        """The MLP of each block that has one which can be narrowed, by the block's index."""
+        kinds = enumerate(kind for kind, _ in self.block_list(model))
+        return {index: kind.mlp for index, kind in kinds if kind.mlp is not None}
 
 
 _REGISTRY: dict[str, BackboneSpec] = {}

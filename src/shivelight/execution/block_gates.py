@@ -59,12 +59,14 @@ class BlockGates(nn.Module):
         self.narrow: NarrowMlps | None = None
         if len(config.widths) == 1:
             return
-        if spec.mlp is None:
+        mlps = spec.mlps(model)
+        if not mlps.keys() >= set(planner.routed):
             raise UnsupportedBackboneError(
                 f"The spec {spec.name!r} names no MLP that can be narrowed; use BlockRouting(widths=(1.0,)), or fill in `mlp`."
             )
+        blocks = spec.block_list(model)
         for block in planner.routed:
-            self.register_buffer(f"order_{block}", torch.arange(spec.mlp.channels(spec.block_list(model)[block])))
+            self.register_buffer(f"order_{block}", torch.arange(mlps[block].channels(blocks[block][1])))
         self.set_orders(model, {})
 
     def configure(self, config: BlockRouting, reuse: Reuse | None) -> None:
@@ -79,14 +81,13 @@ class BlockGates(nn.Module):
         """
         if len(self.config.widths) == 1:
             return
-        assert self.spec.mlp is not None
         blocks = self.spec.block_list(model)
         for block, order in orders.items():
             self.order(block).copy_(order)
         ranked = {block: self.order(block).cpu() for block in self.planner.routed}
         self.narrow = NarrowMlps(
-            {block: blocks[block] for block in self.planner.routed},
-            self.spec.mlp,
+            {block: blocks[block][1] for block in self.planner.routed},
+            self.spec.mlps(model),
             {block: order for block, order in ranked.items() if not torch.equal(order, torch.arange(len(order)))},
             self.config.widths,
         )

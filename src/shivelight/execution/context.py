@@ -1,7 +1,8 @@
 """Time has one owner: which generation, step and guidance branch a forward pass of the backbone belongs to.
 
-With a pipeline attached, everything is read live from `pipe.scheduler`, so any scheduler works that keeps a `step_index`
-(multi-call solvers such as Heun list every call in `timesteps`). A bare transformer has no steps: its passes are
+With a pipeline attached, everything is read live from `pipe.scheduler`: its `step_index` (multi-call solvers such as Heun
+list every call in `timesteps`), or, of an older scheduler that keeps none, the place of the pass's timestep among its
+`timesteps`, which costs one transfer a pass. A bare transformer has no steps: its passes are
 independent, and its timesteps are looked up on a grid of 1000 points.
 """
 
@@ -79,7 +80,7 @@ class Clock:
 
     def tick(self, timestep: Tensor | None) -> StepContext:
         """Note one forward pass that begins now."""
-        running = self._running_scheduler()
+        running = self._running_scheduler(timestep)
         previous = self.context
         if running is None:
             kept = previous.choices if self._forced == "uncond" else {}
@@ -117,7 +118,7 @@ class Clock:
         finally:
             self._forced = previous
 
-    def _running_scheduler(self) -> tuple[Any, int, int] | None:
+    def _running_scheduler(self, timestep: Tensor | None) -> tuple[Any, int, int] | None:
         """(scheduler, index of this call in its timesteps, index of the generation's first call), inside a generation."""
         scheduler = getattr(self.pipeline, "scheduler", None)
         if scheduler is None or getattr(scheduler, "num_inference_steps", None) is None:
@@ -125,9 +126,23 @@ class Clock:
         if scheduler.timesteps is self._finished:
             return None
         begin = getattr(scheduler, "begin_index", None) or 0
-        index = getattr(scheduler, "step_index", None)
-        index = begin if index is None else index
+        if hasattr(scheduler, "step_index"):
+            index = begin if scheduler.step_index is None else scheduler.step_index
+        else:
+            found = self._place_of(timestep, scheduler.timesteps)
+            if found is None:
+                return None
+            index = found
         return (scheduler, index, begin) if begin <= index < len(scheduler.timesteps) else None
+
+    def _place_of(self, timestep: Tensor | None, timesteps: Tensor) -> int | None:
+        """Where a pass's timestep lies among those of the generation; where it is listed twice, not before the last pass."""
+        if timestep is None:
+            return None
+        steps = self.context.steps if timesteps is self._timesteps and self.context.steps else None
+        last, places = (0, timesteps.tolist()) if steps is None else (self.context.step, list(steps))
+        now = float(timestep.reshape(-1)[0])
+        return next((place for place in range(last, len(places)) if abs(places[place] - now) < 1e-3), None)
 
     def _pipeline_branch(self, call: int) -> Branch:
         # Some pipelines of true guidance do not say whether they guide; a step's second call tells.

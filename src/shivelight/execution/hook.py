@@ -7,7 +7,7 @@ from diffusers.hooks import ModelHook
 from diffusers.models.activations import ApproximateGELU
 from torch import Tensor, nn
 
-from shivelight.backbones.spec import BackboneSpec
+from shivelight.backbones.spec import BlockSpec
 from shivelight.errors import ShivelightError
 from shivelight.execution.gates import Decision
 from shivelight.execution.reuse import BlockResiduals
@@ -76,36 +76,44 @@ class BlockCall:
     """One call of a block's forward, with its arguments by name.
 
     Args:
-        spec: of the backbone's family.
+        kind: of the block.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
     """
 
-    def __init__(self, spec: BackboneSpec, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.spec = spec
-        self.arguments = dict(zip(spec.block_arguments, args, strict=False)) | kwargs
+    def __init__(self, kind: BlockSpec, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.kind = kind
+        self.arguments = dict(zip(kind.arguments, args, strict=False)) | kwargs
 
     @property
     def image(self) -> Tensor:
         """The image tokens [B, N, D]."""
-        return self.arguments[self.spec.image_argument]
+        return self.arguments[self.kind.image_argument]
 
     @property
     def text(self) -> Tensor | None:
-        """The text tokens [B, M, D]; None where the block has none."""
-        return self.arguments.get(self.spec.text_argument) if self.spec.text_argument else None
+        """The text tokens [B, M, D] that the block changes; None where it has none."""
+        return self.arguments.get(self.kind.text_argument) if self.kind.text_argument else None
+
+    @property
+    def text_tokens(self) -> int:
+        """M, of the text tokens that the block changes or attends to."""
+        context = self.text
+        if context is None and self.kind.context_argument:
+            context = self.arguments.get(self.kind.context_argument)
+        return 0 if context is None else context.shape[1]
 
     @property
     def streams(self) -> dict[str, Tensor]:
         """The arguments that hold tokens which the block returns changed."""
-        names = (self.spec.image_argument, self.spec.text_argument)
+        names = (self.kind.image_argument, self.kind.text_argument)
         return {name: self.arguments[name] for name in names if name is not None and name in self.arguments}
 
     def on_tokens(self, x: Tensor, indices: Tensor | None) -> dict[str, Any]:
         """The arguments with the image tokens replaced by x, and by those at `indices` alone where given."""
-        moved = {self.spec.image_argument: x if indices is None else gather_tokens(x, indices)}
+        moved = {self.kind.image_argument: x if indices is None else gather_tokens(x, indices)}
         if indices is not None:
-            for name in self.spec.token_arguments:
+            for name in self.kind.token_arguments:
                 if self.arguments.get(name) is not None:
                     moved[name] = gather_tokens(self.arguments[name], indices)
         return self.arguments | moved
@@ -113,25 +121,25 @@ class BlockCall:
     def of_samples(self, samples: Tensor, runs: bool) -> "BlockCall":
         """The same call for some samples of the batch [b]: all arguments where the block runs, else the streams alone."""
         batch, arguments = len(self.image), self.arguments if runs else self.streams
-        shared = self.spec.shared_arguments
+        shared = self.kind.shared_arguments
         taken = {
             name: value if name in shared else take_samples(value, samples, batch) for name, value in arguments.items()
         }
-        return BlockCall(self.spec, (), taken)
+        return BlockCall(self.kind, (), taken)
 
     def split(self, output: Any) -> tuple[Tensor, Tensor | None]:
         """(image, text) of what the block returned."""
-        if self.spec.returns == ("image",):
+        if self.kind.returns == ("image",):
             return output, None
-        named = dict(zip(self.spec.returns, output, strict=True))
+        named = dict(zip(self.kind.returns, output, strict=True))
         return named["image"], named.get("text")
 
     def join(self, image: Tensor, text: Tensor | None) -> Any:
         """What the block would have returned."""
-        if self.spec.returns == ("image",):
+        if self.kind.returns == ("image",):
             return image
         named = {"image": image, "text": text}
-        return tuple(named[name] for name in self.spec.returns)
+        return tuple(named[name] for name in self.kind.returns)
 
 
 class Selection(NamedTuple):
@@ -153,14 +161,14 @@ class Selection(NamedTuple):
 class BlockHook(ModelHook):
     """On a routed block: asks what to do now, and runs the block's own forward on what is to run."""
 
-    def __init__(self, routed: Routed, block: int) -> None:
+    def __init__(self, routed: Routed, block: int, kind: BlockSpec) -> None:
         super().__init__()
-        self.routed, self.block = routed, block
+        self.routed, self.block, self.kind = routed, block, kind
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """In the place of the block's forward."""
         routed = self.routed
-        call = BlockCall(routed.spec, args, kwargs)
+        call = BlockCall(self.kind, args, kwargs)
         x = call.image
         if not routed.enabled:
             output = self.fn_ref.original_forward(*args, **kwargs)
@@ -169,7 +177,7 @@ class BlockHook(ModelHook):
             return output
         if routed.session is not None or routed.gate_session is not None:
             return self._train(module, call)
-        decisions = routed.decide(self.block, x, call.text)
+        decisions = routed.decide(self.block, x, call.text, call.text_tokens)
         scores = self._scores_for(x, decisions)  # before the entry: a new one would have nothing to rank by
         entry = routed.remember(self.block, x, call.text)
         image, text, indices = self._route(module, call, decisions, Selection(scores), entry)
@@ -216,6 +224,13 @@ class BlockHook(ModelHook):
                 "conditional branch chooses for both. Run it first, under shivelight.branch(model, 'cond')."
             )
         return context.choices[self.block]
+
+    def _context_layers(self, module: nn.Module) -> dict[str, nn.Module]:
+        """The projections whose last outputs stand for the tokens that are left out: only where tokens are, of a block that
+        runs, is there anything to complete."""
+        config = self.routed.config
+        keeps = config.reuse is not None and config.reuse.context and config.tokens is not None
+        return self.kind.context_layers(module) if keeps else {}
 
     def _combines_both(self) -> bool:
         tokens = self.routed.config.tokens
@@ -272,7 +287,7 @@ class BlockHook(ModelHook):
         if entry is None:
             image, text = self._run(module, call, call.on_tokens(x, indices), decision.width, selection.masks)
             return (image if indices is None else write_back(x, indices, image)), text, indices
-        with self.routed.remembering(self.block, module, entry, indices):
+        with self.routed.remembering(self.block, self._context_layers(module), entry, indices):
             image, text = self._run(module, call, call.on_tokens(x, indices), decision.width, selection.masks)
         assert self.routed.config.reuse is not None
         reuse = self.routed.config.reuse
@@ -284,8 +299,8 @@ class BlockHook(ModelHook):
         self, module: nn.Module, call: BlockCall, arguments: dict[str, Any], width: float, masks: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """(image, text) of the block's own forward, its MLP narrowed where asked."""
-        if masks is not None and call.spec.mlp is not None:
-            with masked_channels(module, call.spec.mlp, masks):
+        if masks is not None and self.kind.mlp is not None:
+            with masked_channels(module, self.kind.mlp, masks):
                 return call.split(self.fn_ref.original_forward(**arguments))
         forward, gates = self.fn_ref.original_forward, self.routed.gates
         if width == 1.0 or gates is None or gates.narrow is None:
@@ -308,7 +323,7 @@ class BlockHook(ModelHook):
             # A sample that skips the block says nothing about its tokens.
             kept = self._mask_of(scores, counts, tokens)
             entered = self._where_run(runs, session.enter(self.block, x, kept), x)
-        inner = BlockCall(call.spec, (), call.arguments | {call.spec.image_argument: entered})
+        inner = BlockCall(self.kind, (), call.arguments | {self.kind.image_argument: entered})
         decisions = tuple(
             Decision("run", k) if run else Decision("skip", 0)
             for run, k in zip(runs, counts * (batch // len(counts)), strict=True)

@@ -175,28 +175,24 @@ class Routed(nn.Module):
 
     @contextmanager
     def remembering(
-        self, block: int, module: nn.Module, entry: BlockResiduals, indices: Tensor | None
+        self, block: int, layers: dict[str, nn.Module], entry: BlockResiduals, indices: Tensor | None
     ) -> Iterator[None]:
-        """While a block runs on the tokens `indices` [B, k] (None: all) of what `entry` is about: the others keep their last
-        keys and values."""
-        reuse = self.config.reuse
-        assert reuse is not None
+        """While a block runs on the tokens `indices` [B, k] (None: all) of what `entry` is about: the others keep what these of
+        its projections last gave them."""
         handles, completed = [], []
 
         def complete(name: str, output: Tensor) -> Tensor:
             completed.append(name)
             return entry.complete_projection(name, indices, output)
 
-        # Only tokens are left out of a block that runs; without token routing there is nothing to complete.
-        layers = self.spec.context_layers(module) if reuse.context and self.config.tokens is not None else {}
         for name, layer in layers.items():
             handles.append(layer.register_forward_hook(lambda _, __, output, name=name: complete(name, output)))
         try:
             yield
             if len(completed) != len(handles):
                 raise ShivelightError(
-                    f"Block {block} ran without its key and value projections {', '.join(self.spec.context_linears)}, so those "
-                    "of rejected tokens cannot be reused (fused projections?). Call unfuse_qkv_projections(), or use "
+                    f"Block {block} ran without its key and value projections {', '.join(layers)}, so those of rejected "
+                    "tokens cannot be reused (fused projections?). Call unfuse_qkv_projections(), or use "
                     "Reuse(context=False)."
                 )
         finally:
@@ -278,7 +274,7 @@ class Routed(nn.Module):
             tokens,
             text_tokens,
             warmup=0.0 if reuse is None else max(reuse.warmup, self._least_warmup),
-            attend_all=reuse is not None and reuse.context and bool(self.spec.context_linears),
+            attend_all=reuse is not None and reuse.context and any(kind.context_linears for kind in self.spec.blocks),
         )
 
     @property
@@ -317,16 +313,21 @@ class Routed(nn.Module):
         dense, always = self.planner.dense_flops(tokens, text_tokens)
         return (always + plan.cost / plan.steps) / dense
 
-    def decide(self, block: int, x: Tensor, text: Tensor | None) -> tuple[Decision, ...]:
-        """What a block does now with image tokens x [B, N, D] and text tokens [B, M, D]: one decision where all samples agree,
-        else one for each sample."""
+    def decide(self, block: int, x: Tensor, text: Tensor | None, text_tokens: int) -> tuple[Decision, ...]:
+        """What a block does now: one decision where all samples agree, else one for each sample.
+
+        Args:
+            block: its index.
+            x: [B, N, D], image tokens.
+            text: [B, M, D], text tokens that it changes, or None.
+            text_tokens: how many it changes or attends to.
+        """
         batch, tokens = x.shape[:2]
         if self.context.branch == "both" and batch % 2:
             raise ShivelightError(
                 f"A guided batch has an unconditional and a conditional half, but this one has {batch} samples. For passes of "
                 "your own, say what they are with shivelight.branch(model, 'single')."
             )
-        text_tokens = 0 if text is None else text.shape[1]
         counts = self.kept_counts(block, batch, tokens, text_tokens)
         request, schedule, plan = self._asked(tokens, text_tokens)
         decisions = tuple(Decision("run", k) for k in counts)

@@ -74,7 +74,7 @@ class NarrowMlps:
 
     Args:
         blocks: the routed blocks by index.
-        mlp: what to narrow in each of them.
+        mlps: what to narrow in each of them.
         orders: for each block a LongTensor [H], order[j] = the channel of rank j; a block that is missing keeps the order
             of its weights.
         widths: the shares s that may be asked for.
@@ -83,15 +83,15 @@ class NarrowMlps:
     def __init__(
         self,
         blocks: Mapping[int, nn.Module],
-        mlp: Mlp,
+        mlps: Mapping[int, Mlp],
         orders: Mapping[int, Tensor] | None = None,
         widths: Sequence[float] = DEFAULT_WIDTHS,
     ) -> None:
-        self.mlp, self.widths = mlp, tuple(widths)
+        self.widths = tuple(widths)
         self._blocks = dict(blocks)
-        self._channels = {index: mlp.channels(block) for index, block in self._blocks.items()}
-        self._offsets = {index: mlp.offset(block) for index, block in self._blocks.items()}
-        self._names, self._down = (*mlp.up, mlp.down), f"{mlp.down}.weight"
+        self._mlps = {index: mlps[index] for index in self._blocks}
+        self._channels = {index: self._mlps[index].channels(block) for index, block in self._blocks.items()}
+        self._offsets = {index: self._mlps[index].offset(block) for index, block in self._blocks.items()}
         self._orders = {index: order.detach().cpu() for index, order in (orders or {}).items()}
         self._orders_on: dict[tuple[int, torch.device], Tensor] = {}
         self._held: dict[int, _Held] = {}
@@ -126,9 +126,9 @@ class NarrowMlps:
             self.forget(block)
             return {}
         count = self.count(block, share)
-        sources = self._sources(layers)
+        sources = self._sources(block, layers)
         trained = torch.is_grad_enabled() and any(source.requires_grad for source in sources.values())
-        if trained or (block not in self._orders and self.mlp.halves == 1):
+        if trained or (block not in self._orders and self._mlps[block].halves == 1):
             return self._gather(block, count, sources)
         held = self._held.get(block)
         if held is None or not held.fits(sources):
@@ -157,7 +157,9 @@ class NarrowMlps:
 
     def _layers(self, block: int) -> dict[str, Any]:
         # Looked up at each call: peft and quantisation put other layers in their places.
-        return {name: self._blocks[block].get_submodule(name) for name in self._names}
+        return {
+            name: self._blocks[block].get_submodule(name) for name in (*self._mlps[block].up, self._mlps[block].down)
+        }
 
     @staticmethod
     def _obstacle(block: int, layers: dict[str, Any]) -> str | None:
@@ -177,12 +179,15 @@ class NarrowMlps:
                 return f"The weight of {name!r} of block {block} was made in inference mode, where no change shows."
         return None
 
-    def _sources(self, layers: dict[str, Any]) -> dict[str, Tensor]:
+    def _is_down(self, block: int, name: str) -> bool:
+        return name == f"{self._mlps[block].down}.weight"
+
+    def _sources(self, block: int, layers: dict[str, Any]) -> dict[str, Tensor]:
         """The parameters that narrowing slices, by name."""
         sources = {}
         for name, layer in layers.items():
             sources[f"{name}.weight"] = layer.weight
-            if name != self.mlp.down and layer.bias is not None:
+            if name != self._mlps[block].down and layer.bias is not None:
                 sources[f"{name}.bias"] = layer.bias
         return sources
 
@@ -191,9 +196,11 @@ class NarrowMlps:
         if not sources:
             return {}
         device = next(iter(sources.values())).device
-        order, offset, halves = self._order_on(block, device), self._offsets[block], self.mlp.halves
+        order, offset, halves = self._order_on(block, device), self._offsets[block], self._mlps[block].halves
         return {
-            name: _columns(source, order, count, offset) if name == self._down else _rows(source, order, count, halves)
+            name: _columns(source, order, count, offset)
+            if self._is_down(block, name)
+            else _rows(source, order, count, halves)
             for name, source in sources.items()
         }
 
@@ -209,9 +216,9 @@ class NarrowMlps:
     def _hold(self, block: int, sources: dict[str, Tensor]) -> _Held:
         seen = {name: _Source.of(source) for name, source in sources.items()}
         widest = self.count(block, max(width for width in self.widths if width < 1.0))
-        if self.mlp.halves > 1:
+        if self._mlps[block].halves > 1:
             # No width's rows are a beginning of another's; only the columns are shared.
-            sources = {self._down: sources[self._down]}
+            sources = {name: source for name, source in sources.items() if self._is_down(block, name)}
         # A copy made in inference mode could not be used where autograd records.
         with torch.inference_mode(False), torch.no_grad():
             whole = {name: part.contiguous() for name, part in self._gather(block, widest, sources).items()}
@@ -220,7 +227,9 @@ class NarrowMlps:
     def _slice(self, block: int, count: int, sources: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
         columns = self._offsets[block] + count
         with torch.inference_mode(False), torch.no_grad():
-            sliced = {name: part[:, :columns] if name == self._down else part[:count] for name, part in whole.items()}
+            sliced = {
+                name: part[:, :columns] if self._is_down(block, name) else part[:count] for name, part in whole.items()
+            }
             return sliced | self._gather(block, count, {name: s for name, s in sources.items() if name not in whole})
 
 

@@ -23,7 +23,7 @@ Criterion = Literal["taylor", "norm"]
 
 def rank_channels(
     blocks: Mapping[int, nn.Module],
-    mlp: Mlp,
+    mlps: Mapping[int, Mlp],
     loss_of_batch: Callable[[int], Tensor],
     batches: int,
     criterion: Criterion = "taylor",
@@ -32,7 +32,7 @@ def rank_channels(
 
     Args:
         blocks: the routed blocks by index.
-        mlp: where their hidden channels are.
+        mlps: where the hidden channels of each are.
         loss_of_batch: i -> scalar loss of batch i, run through the blocks at full width, with routing off. Losses that
             are means over samples weigh samples equally only where batches are equally large.
         batches: how many.
@@ -42,7 +42,7 @@ def rank_channels(
     Returns:
         For each block int64 [H] on the CPU; order[j] is the channel of rank j.
     """
-    importance = channel_importance(blocks, mlp, loss_of_batch, batches, criterion)
+    importance = channel_importance(blocks, mlps, loss_of_batch, batches, criterion)
     return {
         index: torch.sort(values, descending=True, stable=True).indices.cpu() for index, values in importance.items()
     }
@@ -50,7 +50,7 @@ def rank_channels(
 
 def channel_importance(
     blocks: Mapping[int, nn.Module],
-    mlp: Mlp,
+    mlps: Mapping[int, Mlp],
     loss_of_batch: Callable[[int], Tensor],
     batches: int,
     criterion: Criterion = "taylor",
@@ -60,7 +60,7 @@ def channel_importance(
         raise TrainingError(f"batches is {batches}; ranking channels needs at least one batch.")
     if criterion not in ("taylor", "norm"):
         raise TrainingError(f"The criterion {criterion!r} is unknown; choose 'taylor' or 'norm'.")
-    collector = _Collector(blocks, mlp)
+    collector = _Collector(blocks, mlps)
     with collector.listening(), torch.inference_mode(False), torch.set_grad_enabled(criterion == "taylor"):
         for batch in range(batches):
             loss = loss_of_batch(batch)
@@ -74,9 +74,9 @@ def channel_importance(
 class _Collector:
     """Listens at the down-projections and sums up what their hidden channels do."""
 
-    def __init__(self, blocks: Mapping[int, nn.Module], mlp: Mlp) -> None:
-        self._down: dict[int, Any] = {index: block.get_submodule(mlp.down) for index, block in blocks.items()}
-        self._offset = {index: mlp.offset(block) for index, block in blocks.items()}
+    def __init__(self, blocks: Mapping[int, nn.Module], mlps: Mapping[int, Mlp]) -> None:
+        self._down: dict[int, Any] = {index: block.get_submodule(mlps[index].down) for index, block in blocks.items()}
+        self._offset = {index: mlps[index].offset(block) for index, block in blocks.items()}
         self._calls: list[tuple[int, Tensor]] = []
         self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, int] = {}

@@ -220,7 +220,7 @@ class PassRecord:
 
     def __init__(self, backbone: nn.Module, spec: BackboneSpec, routed: tuple[int, ...], context: bool) -> None:
         self._blocks, self._routed = spec.block_list(backbone), routed
-        self._spec, self._context = spec, context
+        self._context = context
         self.residuals: dict[int, Tensor] = {}
         self.text_residuals: dict[int, Tensor] = {}
         self.projections: dict[int, dict[str, Tensor]] = {block: {} for block in routed}
@@ -239,7 +239,8 @@ class PassRecord:
         handles = []
         try:
             for block in self._routed:
-                layers = self._spec.context_layers(self._blocks[block]) if self._context else {}
+                kind, module = self._blocks[block]
+                layers = kind.context_layers(module) if self._context else {}
                 handles += [layer.register_forward_hook(self._keeper(block, name)) for name, layer in layers.items()]
             yield
         finally:

@@ -332,10 +332,10 @@ class Trainer:
 
     def _rank_channels(self) -> None:
         """Order the MLPs' hidden channels by what they are worth to the dense model, on a few batches of the data."""
-        gates, mlp, blocks = self.routed.gates, self.routed.spec.mlp, self.routed.config.blocks
-        if gates is None or mlp is None or blocks is None or len(blocks.widths) == 1 or not self.config.rank_batches:
+        gates, blocks = self.routed.gates, self.routed.config.blocks
+        if gates is None or blocks is None or len(blocks.widths) == 1 or not self.config.rank_batches:
             return
-        modules = self.routed.spec.block_list(self.backbone)
+        modules, mlps = self.routed.spec.block_list(self.backbone), self.routed.spec.mlps(self.backbone)
 
         def loss(batch: int) -> Tensor:
             drawn = self.passes.batch(self.draws.at(batch)[batch % self.config.groups])
@@ -343,7 +343,7 @@ class Trainer:
 
         with self.routed.switched(False), self.passes.without_deltas():
             orders = rank_channels(
-                {block: modules[block] for block in self.routed.routed}, mlp, loss, self.config.rank_batches
+                {block: modules[block][1] for block in self.routed.routed}, mlps, loss, self.config.rank_batches
             )
         # Every process saw its own share of the data; one order must hold for all.
         shared = {block: broadcast(order.to(self.accelerator.device)) for block, order in orders.items()}

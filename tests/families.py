@@ -1,0 +1,181 @@
+"""Every family through its real classes: a tiny pipeline with random weights, and one call of it for some samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from torch import Tensor
+
+TEXT = 6
+
+
+@dataclass(frozen=True)
+class Family:
+    """A pipeline and how to call it.
+
+    Attributes:
+        build: makes the pipeline.
+        arguments: samples' own inputs, each with a first dimension of 3.
+        shared: what all samples have in common.
+        tokens: image tokens of a pass.
+        text_tokens: text tokens of a pass.
+    """
+
+    build: Callable[[], Any]
+    arguments: dict[str, Tensor]
+    shared: dict[str, Any]
+    tokens: int
+    text_tokens: int
+
+    @torch.no_grad()
+    def __call__(self, pipe: Any, *samples: int, steps: int = 6, **options: Any) -> Tensor:
+        """Latents of some of the three samples."""
+        chosen = {name: value[list(samples)] for name, value in self.arguments.items()}
+        if "class_labels" in chosen:
+            chosen["class_labels"] = chosen["class_labels"].tolist()
+        seeds = [torch.Generator().manual_seed(sample) for sample in samples]
+        options = self.shared | {"generator": seeds, "num_inference_steps": steps, "output_type": "latent"} | options
+        output = pipe(**chosen, **options)
+        return torch.as_tensor(output[0])
+
+
+def _drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _small_vae(channels: int) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(4, 4), layers_per_block=1, latent_channels=channels, norm_num_groups=1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+
+
+def _flux() -> Any:
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=_small_vae(1), text_encoder=None, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None,
+    )  # fmt: skip
+
+
+def _pixart() -> Any:
+    return PixArtSigmaPipeline(
+        transformer=PixArtTransformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=4, attention_head_dim=8,
+            num_attention_heads=4, cross_attention_dim=32, caption_channels=32, use_additional_conditions=False,
+        ),
+        scheduler=DPMSolverMultistepScheduler(), vae=_small_vae(4), text_encoder=None, tokenizer=None,
+    )  # fmt: skip
+
+
+def _dit() -> Any:
+    return DiTPipeline(
+        transformer=DiTTransformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=4, attention_head_dim=8,
+            num_attention_heads=4, num_embeds_ada_norm=1000,
+        ),
+        scheduler=DDIMScheduler(), vae=_small_vae(4),
+    )  # fmt: skip
+
+
+def _wan() -> Any:
+    return WanPipeline(
+        transformer=WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16, text_dim=32,
+            freq_dim=16, ffn_dim=64, num_layers=4, cross_attn_norm=True, rope_max_seq_len=32,
+        ),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        vae=AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]),
+        text_encoder=None, tokenizer=None,
+    )  # fmt: skip
+
+
+def _sana() -> Any:
+    return SanaPipeline(
+        transformer=SanaTransformer2DModel(
+            patch_size=2, in_channels=4, out_channels=4, num_layers=4, num_attention_heads=4, attention_head_dim=8,
+            num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=32,
+            sample_size=16,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderDC(
+            in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
+            encoder_layers_per_block=(1, 1), decoder_layers_per_block=[1, 1], downsample_block_type="conv",
+            upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.4,
+        ),
+        text_encoder=None, tokenizer=None,
+    )  # fmt: skip
+
+
+def _captions() -> dict[str, Tensor]:
+    everything = torch.ones(3, TEXT, dtype=torch.int64)
+    everything[1, 4:] = 0  # a shorter caption
+    return {
+        "prompt_embeds": _drawn(TEXT, 32),
+        "prompt_attention_mask": everything,
+        "negative_prompt_embeds": _drawn(TEXT, 32, seed=1),
+        "negative_prompt_attention_mask": torch.ones_like(everything),
+    }
+
+
+FAMILIES: dict[str, Family] = {
+    "flux": Family(
+        _flux, {"prompt_embeds": _drawn(TEXT, 32), "pooled_prompt_embeds": _drawn(32, seed=2)},
+        {"height": 32, "width": 32, "guidance_scale": 3.0}, 64, TEXT,
+    ),
+    "pixart": Family(
+        _pixart, _captions(),
+        {"height": 16, "width": 16, "guidance_scale": 3.0, "prompt": None, "negative_prompt": None, "use_resolution_binning": False},
+        16, TEXT,
+    ),
+    "dit": Family(_dit, {"class_labels": torch.tensor([3, 500, 7])}, {"guidance_scale": 1.0}, 16, 0),
+    "wan": Family(
+        _wan, {"prompt_embeds": _drawn(TEXT, 32), "negative_prompt_embeds": _drawn(TEXT, 32, seed=1)},
+        {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 3.0}, 8, TEXT,
+    ),
+    "sana": Family(
+        _sana, _captions(),
+        {"height": 32, "width": 32, "guidance_scale": 3.0, "prompt": None, "negative_prompt": None, "use_resolution_binning": False},
+        64, TEXT,
+    ),
+}  # fmt: skip
+
+
+def build(name: str) -> Any:
+    """The tiny pipeline of a family, the same weights each time."""
+    torch.manual_seed(0)
+    pipe = FAMILIES[name].build()
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():  # what a class starts at zero would hide what its blocks do
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    pipe.transformer.requires_grad_(False).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
