@@ -27,15 +27,19 @@ from shivelight.evaluation.results import new_results, new_row, write_results
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no context": {"context": False},
+    "no forecast": {"forecast": 0.0},
     "max_age 3": {"max_age": 3},
-    **{f"warmup {share}": {"warmup": share} for share in (0.04, 0.12, 0.36, 0.48)},
+    **{f"warmup {share}": {"warmup": share} for share in (0.04, 0.12, 0.36)},
 }
 # Who decides which blocks run, and with which settings of their reuse.
-BLOCK_VARIANTS: dict[str, tuple[Literal["age", "drift"], dict[str, Any]]] = {
-    "blocks by age": ("age", {}),
-    "blocks by drift": ("drift", {}),
-    "by age, warmup 0.04": ("age", {"warmup": 0.04}),
-    "by age, K 2": ("age", {"max_reuses": 2}),
+BLOCK_VARIANTS: dict[str, tuple[Literal["interval", "age", "drift"], dict[str, Any]]] = {
+    "at intervals": ("interval", {}),
+    "at intervals, no forecast": ("interval", {"forecast": 0.0}),
+    "at intervals, forecast 0.15": ("interval", {"forecast": 0.15}),
+    "at intervals, forecast 0.35": ("interval", {"forecast": 0.35}),
+    "by age": ("age", {}),
+    "by age, no forecast": ("age", {"forecast": 0.0}),
+    "by drift, no forecast": ("drift", {"forecast": 0.0}),
 }
 
 
@@ -112,7 +116,11 @@ def main() -> None:
         judge("trained with reuse", comparison.routed_point("tokens+reuse", compute=compute))
     sl.load_adapter(pipe, embedded.REFRESHING)
     comparison = Comparison(pipe, setting)
-    for name, fields in {"trained with reuse": {}, "no warm-up": {"warmup": 0.0}}.items():
+    for name, fields in {
+        "trained with reuse": {},
+        "no forecast": {"forecast": 0.0},
+        "no warm-up": {"warmup": 0.0},
+    }.items():
         for compute in args.compute:
             variant = {"reuse": sl.Reuse(**fields)}
             judge(name, comparison.routed_point("blocks-refresh+reuse", compute=compute, variant=variant))

@@ -110,7 +110,9 @@ def _wan() -> Any:
             freq_dim=16, ffn_dim=64, num_layers=4, cross_attn_norm=True, rope_max_seq_len=32,
         ),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        vae=AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]),
+        vae=AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        ),
         text_encoder=None, tokenizer=None,
     )  # fmt: skip
 
@@ -145,6 +147,7 @@ def _captions() -> dict[str, Tensor]:
     }
 
 
+_WITHOUT_PROMPTS = {"guidance_scale": 3.0, "prompt": None, "negative_prompt": None, "use_resolution_binning": False}
 FAMILIES: dict[str, Family] = {
     "flux": Family(
         _flux, {"prompt_embeds": _drawn(TEXT, 32), "pooled_prompt_embeds": _drawn(32, seed=2)},
@@ -152,7 +155,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "pixart": Family(
         _pixart, _captions(),
-        {"height": 16, "width": 16, "guidance_scale": 3.0, "prompt": None, "negative_prompt": None, "use_resolution_binning": False},
+        _WITHOUT_PROMPTS | {"height": 16, "width": 16},
         16, TEXT,
     ),
     "dit": Family(_dit, {"class_labels": torch.tensor([3, 500, 7])}, {"guidance_scale": 1.0}, 16, 0),
@@ -162,7 +165,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "sana": Family(
         _sana, _captions(),
-        {"height": 32, "width": 32, "guidance_scale": 3.0, "prompt": None, "negative_prompt": None, "use_resolution_binning": False},
+        _WITHOUT_PROMPTS | {"height": 32, "width": 32},
         64, TEXT,
     ),
 }  # fmt: skip
