@@ -1,0 +1,57 @@
+"""Published shapes: exact configurations and token counts, without weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from shivelight.errors import UnsupportedBackboneError
+
+_FOLDER = Path(__file__).parent / "presets"
+PRESETS = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A shape that was published.
+
+    Attributes:
+        name: of its file.
+        title: what it is, with its resolution.
+        model_class: of diffusers.
+        config: what its constructor takes.
+        image_tokens: of one pass of one sample.
+        text_tokens: likewise.
+        source: of these figures.
+        published: figures to check ours against, "multiply_adds" of so many "passes", "parameters", and whose they are ("of"),
+            as far as there are any.
+    """
+
+    name: str
+    title: str
+    model_class: str
+    config: dict[str, Any]
+    image_tokens: int
+    text_tokens: int
+    source: str
+    published: dict[str, Any]
+
+    def build(self, device: str = "meta", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+        """The backbone; on the meta device it takes no memory, on another one its weights are random."""
+        with torch.device(device):
+            model = getattr(diffusers, self.model_class)(**self.config)
+        model = model if device == "meta" else model.to(dtype)
+        return model.requires_grad_(False).eval()
+
+
+def read_preset(name: str) -> Preset:
+    """A preset by its name; `UnsupportedBackboneError` where there is none."""
+    if name not in PRESETS:
+        raise UnsupportedBackboneError(f"There is no preset {name!r}; one of {', '.join(PRESETS)}.")
+    data = json.loads((_FOLDER / f"{name}.json").read_text())
+    model_class, published = data.pop("class"), data.pop("published", {})
+    return Preset(name=name, model_class=model_class, published=published, **data)
