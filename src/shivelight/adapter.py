@@ -307,8 +307,11 @@ def _backbone_of(model: Any) -> tuple[nn.Module, Any | None]:
         return _unwrapped(backbone), model
     if isinstance(model, nn.Module):
         return _unwrapped(model), None
+    if isinstance(getattr(model, "transformer", None), nn.Module) and hasattr(model, "scheduler"):
+        return _unwrapped(model.transformer), model  # somebody's own loop
     raise UnsupportedBackboneError(
-        f"Expected a diffusers pipeline or its transformer, got {type(model).__module__}.{type(model).__qualname__}."
+        f"Expected a diffusers pipeline or its transformer, got {type(model).__module__}.{type(model).__qualname__}. For a "
+        "loop of your own, give an object with `transformer` and `scheduler` (docs/bring-your-own-dit.md)."
     )
 
 
