@@ -2,7 +2,7 @@ import gc
 
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchHeunDiscreteScheduler, PNDMScheduler, StableDiffusion3Pipeline
 
 import shivelight as sl
 from shivelight.execution.context import Clock, StepContext
@@ -48,6 +48,34 @@ def test_the_passes_of_a_step_are_told_apart(
     for step in range(3):
         contexts = advance(pipe, passes=3, clock=clock)
         assert [(c.step, c.call, c.branch) for c in contexts] == [(step, call, branches[call]) for call in range(3)]
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
+def test_a_scheduler_without_a_step_index_is_followed_by_its_timesteps(
+    pipe: StableDiffusion3Pipeline, scheduler: type
+) -> None:
+    pipe.scheduler = scheduler()
+    assert not hasattr(pipe.scheduler, "step_index")
+    clock = Clock(pipe, "separate")
+    for generation in (1, 2):
+        pipe.scheduler.set_timesteps(4)
+        contexts = [clock.tick(time.expand(2)) for time in pipe.scheduler.timesteps for _ in range(2)]
+        assert [(c.generation, c.step, c.call) for c in contexts] == [
+            (generation, step, call) for step in range(4) for call in range(2)
+        ]
+        assert contexts[0].steps == tuple(float(time) for time in pipe.scheduler.timesteps)
+    # A timestep that is none of them, and one that is not given, belong to no generation.
+    assert clock.tick(torch.tensor(0.5)).steps is None and clock.tick(None).steps is None
+
+
+def test_a_timestep_that_is_listed_twice_never_goes_back(pipe: StableDiffusion3Pipeline) -> None:
+    pipe.scheduler = PNDMScheduler(skip_prk_steps=True)
+    pipe.scheduler.set_timesteps(4)
+    times = pipe.scheduler.timesteps.tolist()
+    assert len(set(times)) < len(times)
+    clock = Clock(pipe, "none")
+    steps = [clock.tick(time).step for time in pipe.scheduler.timesteps]
+    assert steps == sorted(steps) and [times[step] for step in steps] == times
 
 
 class SilentPipeline:
