@@ -8,7 +8,7 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --constraint con
 RUNTIME := $(VENV)/.installed-runtime
 DEVELOPMENT := $(VENV)/.installed-development
 
-.PHONY: demo test slow lint format recipes clean
+.PHONY: demo test families slow lint format recipes clean
 .DEFAULT_GOAL := demo
 
 $(PY):
@@ -31,6 +31,9 @@ demo: $(RUNTIME)  ## the main job: dense model -> faster model -> report (ARGS="
 # One thread for each of the two workers: torch's own threads would fight over the same cores.
 test: $(DEVELOPMENT)  ## every fast test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not slow' $(ARGS)
+
+families: $(DEVELOPMENT)  ## what works with which backbone, for docs/families.md
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_matrix.py --matrix benchmarks/results/families.json
 
 slow: $(DEVELOPMENT)  ## the tests that `make test` leaves out
 	$(PY) -m pytest -m slow $(ARGS)

@@ -26,7 +26,13 @@ from shivelight.files import replacing
 from shivelight.report.style import budget_label
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/results.md", "docs/decisions/training-free.md", "docs/decisions/blocks.md")
+PAGES = (
+    "README.md",
+    "docs/results.md",
+    "docs/families.md",
+    "docs/decisions/training-free.md",
+    "docs/decisions/blocks.md",
+)
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 COLUMNS = {
     "planned": ("planned_ratio", "{:.3f}", 1),
@@ -48,6 +54,10 @@ def table(path: Path) -> str:
     """Markdown of every row and every column that was measured, with 95% intervals of the figures that decide."""
     results = read_results(path)
     rows = results["rows"]
+    if rows and "tests" in rows[0]:
+        return matrix(path, results)
+    if rows and "multiply_adds" in rows[0]:
+        return shapes(path, results)
     labels: dict[str, Callable[[dict[str, Any]], str]] = {
         "method": lambda row: row["method"] + (f" ({row['variant']})" if row.get("variant") else ""),
         "budget": budget_label,
@@ -76,6 +86,50 @@ def table(path: Path) -> str:
     ]
     source = f"Source: `{path.relative_to(ROOT)}`, written by `{results['command']}`."
     return "\n".join(lines) + f"\n\n{'; '.join(part for part in said if part)}. {source}"
+
+
+def matrix(path: Path, results: dict[str, Any]) -> str:
+    """Markdown of what the tests of all families found: a row for each test, a column for each family."""
+    tests = list(dict.fromkeys(test for row in results["rows"] for test in row["tests"]))
+    lines = [f"| | {' | '.join(row['method'] for row in results['rows'])} |", "|---" * (len(results["rows"]) + 1) + "|"]
+    notes: list[str] = []
+    for test in tests:
+        cells = []
+        for row in results["rows"]:
+            outcome, _, reason = row["tests"].get(test, "").partition(": ")
+            if reason and reason not in notes:
+                notes.append(reason)
+            mark = {"passed": "yes", "skipped": "no", "": ""}.get(outcome, outcome)
+            cells.append(mark + (f" ({notes.index(reason) + 1})" if reason else ""))
+        lines.append(f"| {test} | {' | '.join(cells)} |")
+    said = "".join(f"\n\n({number}) {note}." for number, note in enumerate(notes, 1))
+    return "\n".join(lines) + f"{said}\n\nSource: `{path.relative_to(ROOT)}`, written by `{results['command']}`."
+
+
+def shapes(path: Path, results: dict[str, Any]) -> str:
+    """Markdown of the published shapes."""
+    lines = [
+        "| backbone | method | tokens + text | M parameters | T multiply-adds | of dense | published |",
+        "|---" * 7 + "|",
+    ]
+    for row in results["rows"]:
+        dense = row["method"] == "dense"
+        of_dense = (
+            f"{row['planned_ratio']:.3f}" if "planned_ratio" in row else f"{row['share_of_parameters']:.2%} of weights"
+        )
+        cells = [
+            row["title"] if dense else "",
+            " ".join([row["method"], budget_label(row)]).strip(),
+            f"{row['image_tokens']} + {row['text_tokens']}" if dense else "",
+            f"{row['parameters'] / 1e6:,.1f}",
+            f"{row['multiply_adds'] / 1e12:.3f}" if "multiply_adds" in row else "",
+            of_dense,
+            f"{row['published_multiply_adds'] / 1e12:.3f} ({row['published_of']})"
+            if "published_multiply_adds" in row
+            else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\nSource: `{path.relative_to(ROOT)}`, written by `{results['command']}`."
 
 
 def grids() -> None:

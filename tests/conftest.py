@@ -63,3 +63,34 @@ class Sampler:
 @pytest.fixture(scope="session")
 def sample() -> Sampler:
     return Sampler()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where to write what the tests of all families found."""
+    parser.addoption("--matrix", type=Path, help="JSON to write: which test passed for which family.")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Write the matrix of `tests/test_matrix.py`."""
+    path = config.getoption("--matrix")
+    if path is None:
+        return
+    from families import FAMILIES
+
+    from shivelight.evaluation.results import new_results, write_results
+
+    found: dict[str, dict[str, str]] = {name: {} for name in FAMILIES}
+    for outcome in ("passed", "skipped", "failed", "error"):  # the worst that happened counts
+        for report in terminalreporter.stats.get(outcome, []):
+            file, _, rest = report.nodeid.partition("::")
+            test, _, parameters = rest.rstrip("]").partition("[")
+            family = next((name for name in FAMILIES if name in parameters), None)
+            if Path(file).name != "test_matrix.py" or family is None:
+                continue
+            reason = report.longrepr[2].removeprefix("Skipped: ") if outcome == "skipped" else ""
+            found[family][test.removeprefix("test_").replace("_", " ")] = outcome + (f": {reason}" if reason else "")
+    results = new_results(
+        command=f"pytest tests/test_matrix.py --matrix {path}", backbone={"class": "every family, tiny"}
+    )
+    results["rows"] = [{"method": name, "budget": {}, "tests": tests} for name, tests in found.items()]
+    write_results(path, results)

@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DDIMScheduler,
     DiTPipeline,
@@ -20,12 +21,15 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
+from tiny import tiny_sd3
 from torch import Tensor
 
 TEXT = 6
@@ -103,6 +107,21 @@ def _dit() -> Any:
     )  # fmt: skip
 
 
+def _qwen_image() -> Any:
+    return QwenImagePipeline(
+        transformer=QwenImageTransformer2DModel(
+            num_layers=4, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32, in_channels=16,
+            out_channels=4, axes_dims_rope=(4, 4, 8),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLQwenImage(
+            base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+            latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        ),
+        text_encoder=None, tokenizer=None,
+    )  # fmt: skip
+
+
 def _wan() -> Any:
     return WanPipeline(
         transformer=WanTransformer3DModel(
@@ -149,6 +168,23 @@ def _captions() -> dict[str, Tensor]:
 
 _WITHOUT_PROMPTS = {"guidance_scale": 3.0, "prompt": None, "negative_prompt": None, "use_resolution_binning": False}
 FAMILIES: dict[str, Family] = {
+    "sd3": Family(
+        tiny_sd3,
+        {
+            "prompt_embeds": _drawn(TEXT, 32), "negative_prompt_embeds": _drawn(TEXT, 32, seed=1),
+            "pooled_prompt_embeds": _drawn(32, seed=2), "negative_pooled_prompt_embeds": _drawn(32, seed=3),
+        },
+        {"height": 32, "width": 32, "guidance_scale": 3.0}, 64, TEXT,
+    ),
+    "qwen-image": Family(
+        _qwen_image,
+        {
+            "prompt_embeds": _drawn(TEXT, 32), "prompt_embeds_mask": torch.ones(3, TEXT, dtype=torch.int64),
+            "negative_prompt_embeds": _drawn(TEXT, 32, seed=1),
+            "negative_prompt_embeds_mask": torch.ones(3, TEXT, dtype=torch.int64),
+        },
+        {"height": 32, "width": 32, "true_cfg_scale": 3.0}, 64, TEXT,
+    ),
     "flux": Family(
         _flux, {"prompt_embeds": _drawn(TEXT, 32), "pooled_prompt_embeds": _drawn(32, seed=2)},
         {"height": 32, "width": 32, "guidance_scale": 3.0}, 64, TEXT,

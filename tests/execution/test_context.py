@@ -2,7 +2,13 @@ import gc
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchHeunDiscreteScheduler, PNDMScheduler, StableDiffusion3Pipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusion3Pipeline,
+)
 
 import shivelight as sl
 from shivelight.execution.context import Clock, StepContext
