@@ -238,3 +238,30 @@ def test_tokens_that_cannot_be_routed_are_refused_with_the_reason(name: str) -> 
 def test_widths_where_there_is_no_mlp_to_narrow_are_refused() -> None:
     with pytest.raises(sl.UnsupportedBackboneError, match="names no MLP that can be narrowed"):
         sl.attach(build("sana"), sl.RoutingConfig(None, sl.BlockRouting()))
+
+
+def test_each_of_two_transformers_keeps_its_own_residuals_and_the_steps_of_both() -> None:
+    pipe, call = build("wan"), FAMILIES["wan"]
+    torch.manual_seed(7)
+    second = type(pipe.transformer).from_config(pipe.transformer.config).requires_grad_(False).eval()
+    pipe.register_modules(transformer_2=second)
+    pipe.register_to_config(boundary_ratio=0.9)
+    dense = call(pipe, 0, 1)
+    config = sl.RoutingConfig.training_free(compute=0.5, axis="blocks")
+    with pytest.raises(sl.UnsupportedBackboneError, match="two transformers.*pipeline=pipe"):
+        sl.attach(pipe, config)
+    seen = []
+    for part in (pipe.transformer, pipe.transformer_2):
+        sl.attach(part, config, pipeline=pipe)
+        seen.append(decided(routed_of(part)))
+    routed = call(pipe, 0, 1)
+    assert not torch.equal(routed, dense)
+    steps = [sorted({step for step, _, _ in part}) for part in seen]
+    assert steps[0] + steps[1] == list(range(6)) and steps[0] and steps[1]
+    ran = [{step for step, _, samples in part if samples[0].action == "run"} for part in seen]
+    # One transformer would run at 0, 1 and 3; the second one's first step, 2, runs in any case, and 3 pays for it.
+    assert steps[1][0] == 2 and ran == [{0, 1}, {2}]
+    assert torch.equal(call(pipe, 0, 1), routed)
+    for part in (pipe.transformer, pipe.transformer_2):
+        sl.detach(part)
+    assert torch.equal(call(pipe, 0, 1), dense)

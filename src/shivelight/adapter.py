@@ -22,13 +22,14 @@ from shivelight.execution.stale import UNTRAINED
 from shivelight.routing import Schedule
 
 
-def attach(model: Any, config: RoutingConfig | None = None) -> Any:
+def attach(model: Any, config: RoutingConfig | None = None, *, pipeline: Any | None = None) -> Any:
     """Route a backbone, at the budget of the config: by default everything runs, bit-identical to the dense model.
 
     Args:
         model: a diffusers pipeline (guidance and steps are then known), or its transformer.
         config: what to attach; token routing by default, `RoutingConfig.training_free()` where there is no adapter.
             Attaching again replaces what was attached.
+        pipeline: where `model` is one of a pipeline's two transformers, that pipeline.
 
     Returns:
         `model`, changed in place.
@@ -36,13 +37,14 @@ def attach(model: Any, config: RoutingConfig | None = None) -> Any:
     Raises:
         UnsupportedBackboneError: the class is unknown, or set up in a way that cannot be routed.
     """
-    install(model, prepare(model, config or RoutingConfig()), {})
+    install(model, prepare(model, config or RoutingConfig(), pipeline), {})
     return model
 
 
-def prepare(model: Any, config: RoutingConfig) -> Routed:
+def prepare(model: Any, config: RoutingConfig, pipeline: Any | None = None) -> Routed:
     """What `install` puts on a model; nothing is changed yet."""
-    backbone, pipeline = _backbone_of(model)
+    backbone, own = _backbone_of(model)
+    pipeline = own if pipeline is None else pipeline
     spec = find_spec(backbone)
     _refuse_unsupported(backbone)
     if reason := spec.obstacle(backbone):
@@ -301,8 +303,8 @@ def _backbone_of(model: Any) -> tuple[nn.Module, Any | None]:
             )
         if isinstance(getattr(model, "transformer_2", None), nn.Module):
             raise UnsupportedBackboneError(
-                f"{type(model).__name__} has two transformers; attach to each of them by itself (model.transformer, "
-                "model.transformer_2)."
+                f"{type(model).__name__} has two transformers; attach to each of them by itself, and say whose they are: "
+                "attach(pipe.transformer, config, pipeline=pipe), and the same of pipe.transformer_2."
             )
         return _unwrapped(backbone), model
     if isinstance(model, nn.Module):

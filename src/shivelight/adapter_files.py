@@ -81,7 +81,14 @@ def adapter_config(backbone: Any, routed: Routed, training: dict[str, Any] | Non
     }
 
 
-def load_adapter(model: Any, source: str | Path, revision: str | None = None, reuse: Reuse | None = None) -> Any:
+def load_adapter(
+    model: Any,
+    source: str | Path,
+    revision: str | None = None,
+    reuse: Reuse | None = None,
+    *,
+    pipeline: Any | None = None,
+) -> Any:
     """Attach the adapter in a local folder or Hub repository; the budget starts at keep=1.0.
 
     Args:
@@ -89,17 +96,23 @@ def load_adapter(model: Any, source: str | Path, revision: str | None = None, re
         source: a folder, or a repository's name.
         revision: of the repository.
         reuse: let what does not run add its last residual, in the place of what the adapter says.
+        pipeline: where `model` is one of a pipeline's two transformers, that pipeline.
 
     Raises:
         AdapterError: a file is missing, truncated, a pickle, of another backbone or of a newer format. The model is then
             as it was before.
     """
-    install(model, *read_adapter(model, source, revision, reuse))
+    install(model, *read_adapter(model, source, revision, reuse, pipeline=pipeline))
     return model
 
 
 def read_adapter(
-    model: Any, source: str | Path, revision: str | None = None, reuse: Reuse | None = None
+    model: Any,
+    source: str | Path,
+    revision: str | None = None,
+    reuse: Reuse | None = None,
+    *,
+    pipeline: Any | None = None,
 ) -> tuple[Routed, dict[str, Delta]]:
     """What `adapter.install` puts on the model; arguments and errors as for `load_adapter`. Nothing is changed yet."""
     config_path, weights_path = _locate(source, revision)
@@ -110,7 +123,7 @@ def read_adapter(
     if reuse is not None:
         config = replace(config, reuse=reuse)
     # Everything is checked before the model, or an adapter that it has already, is touched.
-    routed = prepare(model, config)
+    routed = prepare(model, config, pipeline)
     own = {name: t for name, t in tensors.items() if not name.startswith("deltas.")}
     _check_tensors(own, routed.state_dict(), weights_path)
     routed.load_state_dict(own)
