@@ -133,8 +133,8 @@ def shapes(path: Path, results: dict[str, Any]) -> str:
 
 
 def grids() -> None:
-    """32 dense pictures of test captions; and 8 of them dense, and routed at one plan: blocks and tokens with reuse, and
-    tokens that are dropped."""
+    """32 dense pictures of test captions; and 8 of them dense, and routed at one plan: blocks without training, learned gates
+    and tokens with reuse, and tokens that are dropped."""
     pipe = common.open_pipeline(None, common.DEFAULT_DEVICE, torch.bfloat16)
     sl.load_adapter(pipe, embedded.ADAPTER)
     comparison = Comparison(pipe, Setting(embedded.STEPS, embedded.GUIDANCE, 0, 16, {"max_sequence_length": 16}))
@@ -145,7 +145,8 @@ def grids() -> None:
     plan = planned_compute(comparison, 0.6)
     blocks = adapter_points(comparison, read_adapter(pipe, embedded.REFRESHING), ablations=False, compute=plan)
     reusing = adapter_points(comparison, read_adapter(pipe, embedded.REUSING), compute=plan)
-    points = [comparison.dense(), blocks[-1], *reusing, comparison.tokens(0.6)]
+    free = comparison.training_free("blocks", compute=plan)
+    points = [comparison.dense(), free, blocks[-1], *reusing, comparison.tokens(0.6)]
     print("grid.png, top to bottom:", ", ".join(point.name for point in points))
     paste(torch.cat([comparison.pictures(point, captions[:8]) for point in points]), 8).save(folder / "grid.png")
 

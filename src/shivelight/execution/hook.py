@@ -12,6 +12,7 @@ from shivelight.errors import ShivelightError
 from shivelight.execution.gates import Decision
 from shivelight.execution.reuse import BlockResiduals
 from shivelight.execution.routed import Routed
+from shivelight.execution.span import Segments
 from shivelight.execution.tokens import gather_tokens, merge_samples, sample_index, take_samples, write_back
 from shivelight.execution.width import call_narrow, masked_channels
 from shivelight.routing import token_mask, top_k_indices
@@ -180,7 +181,10 @@ class BlockHook(ModelHook):
         decisions = routed.decide(self.block, x, call.text, call.text_tokens)
         scores = self._scores_for(x, decisions)  # before the entry: a new one would have nothing to rank by
         entry = routed.remember(self.block, x, call.text)
-        image, text, indices = self._route(module, call, decisions, Selection(scores), entry)
+        if entry is not None and routed.together:
+            image, text, indices = *self._run_together(module, call, decisions[0], entry), None
+        else:
+            image, text, indices = self._route(module, call, decisions, Selection(scores), entry)
         routed.residuals.trim()
         if routed.observer is not None:
             self._show(call, image, text, indices)
@@ -267,6 +271,25 @@ class BlockHook(ModelHook):
         merged = merge_samples(images, groups)
         assert merged is not None
         return merged, merge_samples(texts, groups), None
+
+    def _run_together(
+        self, module: nn.Module, call: BlockCall, decision: Decision, entry: BlockResiduals
+    ) -> tuple[Tensor, Tensor | None]:
+        """(image, text) where all blocks do the same: the last one adds, or takes in, what all of them add."""
+        routed, last = self.routed, self.block == self.routed.routed[-1]
+        assert routed.config.reuse is not None
+        if decision.action == "reuse":
+            if not last:
+                return call.image, call.text
+            return entry.add(call.image, call.text, routed.context.step, routed.config.reuse.max_age)
+        image, text = self._run(module, call, call.arguments, 1.0, None)
+        images, texts = routed.context.memo.setdefault("segments", (Segments(), Segments()))
+        images.follow(call.image, image)
+        if call.text is not None and text is not None:  # a block that is the text's last gives none back
+            texts.follow(call.text, text)
+        if last:
+            entry.refresh(images.finish(), routed.context.step, texts.finish())
+        return image, text
 
     def _run_as(
         self, module: nn.Module, call: BlockCall, decision: Decision, selection: Selection, entry: BlockResiduals | None

@@ -152,19 +152,27 @@ class BlockResiduals:
         Returns:
             [B, N, D]: `out` exactly where the block ran, x + the expected residual elsewhere (x alone where there is none).
         """
-        self.reused, self.ran_at = [0] * len(x), [step] * len(x)
         if indices is None:
-            self.complete = [True] * len(x)
             residual = out - x
             self.drift = torch.linalg.vector_norm((residual - self.image.last).float(), dim=-1)
-            self.image.update(residual, step)
+            self.refresh(residual, step)
             return out
+        self.reused, self.ran_at = [0] * len(x), [step] * len(x)
         residual = out - gather_tokens(x, indices)
         moved = torch.linalg.vector_norm((residual - gather_tokens(self.image.last, indices)).float(), dim=-1)
         completed = self._moved(x, step, max_age)
         self.image.update(residual, step, indices)
         self.drift.scatter_(1, indices, moved)
         return write_back(completed, indices, out)
+
+    def refresh(self, residual: Tensor | None, step: int, text: Tensor | None = None) -> None:
+        """Take in the residuals of every token [B, N, D] and of every text token [B, M, D]; None where there are none."""
+        samples = len(self.complete)
+        self.reused, self.ran_at, self.complete = [0] * samples, [step] * samples, [True] * samples
+        if residual is not None:
+            self.image.update(residual, step)
+        if self.text is not None and text is not None:
+            self.text.update(text, step)
 
 
 class CachedPass(BlockResiduals):

@@ -369,12 +369,23 @@ class Routed(nn.Module):
         assert self.config.reuse is not None
         assert self.context.steps is not None
         horizon = self.config.reuse.forecast * len(self.context.steps)
-        text = text if self.config.blocks is not None else None
-        return self.residuals.enter((self.context.call, block), x, text, horizon)
+        place, text = self._place(block, text)
+        return self.residuals.enter(place, x, text, horizon)
+
+    @property
+    def together(self) -> bool:
+        """Whether blocks only ever run or rest together, so that one residual serves for all."""
+        blocks = self.config.blocks
+        return self.config.tokens is None and blocks is not None and blocks.router == "interval"
+
+    def _place(self, block: int, text: Tensor | None) -> tuple[tuple[int, int], Tensor | None]:
+        """Where the residuals of a block in this pass are kept, and the text tokens that are among them."""
+        return (self.context.call, -1 if self.together else block), text if self.config.blocks is not None else None
 
     def _entry(self, block: int, x: Tensor, text: Tensor | None) -> BlockResiduals | None:
         """The residuals of a block in this pass, where some are reused and fit."""
-        return self.residuals.find((self.context.call, block), x, text) if self.reuses else None
+        place, text = self._place(block, text)
+        return self.residuals.find(place, x, text) if self.reuses else None
 
     def read_gates(self, block: int, x: Tensor, text: Tensor | None, first: int = 0) -> Tensor:
         """Gate and width logits [b, 1 + S] of x [b, N, D], the samples of the batch from `first` on."""
