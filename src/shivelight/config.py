@@ -166,7 +166,8 @@ class Reuse:
     Attributes:
         max_age: a residual that was computed more than this many steps ago is not used; such tokens run first.
         max_cache_mb: bound on the memory of the residuals, in units of 1e6 bytes; blocks whose residuals do not fit go
-            without. They take blocks x samples x tokens x width x bytes per number, three times that with `context`.
+            without. They take blocks x samples x tokens x width x bytes per number, twice that with `forecast` and two more
+            with `context`; blocks that only rest together (router="interval", no token routing) share one for all.
         context: whether tokens that run also attend to the others, by the keys and values they last had.
         warmup: share of the steps, at the start of a generation, that run everything; at least one step if above 0, and
             fewer where the budget would leave later steps less than a third of their cost.
