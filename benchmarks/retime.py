@@ -4,7 +4,8 @@
 
 Pictures do not depend on what else a machine does, times do. The rows of the file are timed again in turns, one sample, and
 their clock is replaced: `latency_ms`, `speedup`, `speedup_end_to_end`, `efficiency`. What was drawn and judged stays, and
-`clock` says when and by which command the times were taken.
+`clock` says by which command and on what the times were taken. With --drop nothing is timed: a clock that other load has spoilt is
+taken out, since a figure that was not measured is absent.
 """
 
 import argparse
@@ -33,9 +34,17 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--also", nargs="*", default=[], help="folders of adapters in it that are not shipped")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--drop", action="store_true", help="take the clock out instead")
     args = parser.parse_args()
     earlier = read_results(args.results)
     rows = earlier["rows"]
+    if args.drop:
+        for row in rows:
+            for name in CLOCK:
+                row.pop(name, None)
+                row.get("ci95", {}).pop(name, None)
+        write_results(args.results, earlier)
+        return
     pipe = common.open_pipeline(None, common.DEFAULT_DEVICE, getattr(torch, rows[0]["dtype"]))
     sl.load_adapter(pipe, embedded.ADAPTER)
     comparison = Comparison(pipe, Setting(rows[0]["steps"], rows[0]["guidance"], 0, 1, common.call_options(pipe, None)))
