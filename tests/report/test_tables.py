@@ -69,3 +69,12 @@ def test_cards_put_fewer_steps_beside_our_figure(results):
     assert [card.title for card in made] == ["tokens keep 0.8", "tokens keep 0.6"]
     assert made[1].speedup == "1.43x"
     assert "PSNR to dense 22.0 dB (fewer steps in the same time: 26.0 dB)" in made[1].lines
+
+
+def test_too_many_cards_leave_the_best(results):
+    ours = [dict(row) for row in results["rows"] if row["method"] == "tokens"]
+    best = ours[0] | {"method": "training-free-blocks", "psnr_to_dense": 50.0, "speedup": 1.5}
+    slow = ours[0] | {"method": "tokens+reuse", "psnr_to_dense": 60.0, "speedup": 0.9}
+    results["rows"] += [slow, best]
+    assert [card.title.split()[0] for card in cards(results, most=3)] == ["training-free-blocks", "tokens", "tokens"]
+    assert len(cards(results, most=4)) == 4
