@@ -10,7 +10,6 @@ taken out, since a figure that was not measured is absent.
 
 import argparse
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +53,7 @@ def main() -> None:
     with common.progress_bar("timing", len(chosen) * (args.rounds + 1)) as advance:
         timings = comparison.time(chosen, args.rounds, progress=advance, captions=captions)
     for row, point in zip(rows, chosen, strict=True):
-        speedup = timings.speedup(point.name, chosen[0].name, inner=True)
-        clock: dict[str, Any] = {
-            "latency_ms": timings.latency_ms(point.name),
-            "speedup": speedup,
-            "speedup_end_to_end": timings.speedup(point.name, chosen[0].name),
-        }
-        if "planned_ratio" in row:
-            values = {name: getattr(speedup, name) * row["planned_ratio"] for name in ("value", "low", "high")}
-            clock["efficiency"] = replace(speedup, **values)
+        clock = comparison.clock(timings, point, chosen[0], row.get("planned_ratio"))
         fresh = new_row(row["method"], row["budget"], **clock)
         ci95 = {name: interval for name, interval in row.get("ci95", {}).items() if name not in CLOCK}
         row.update({name: fresh[name] for name in CLOCK if name in fresh}, ci95=ci95 | fresh["ci95"])

@@ -16,6 +16,7 @@ from PIL import Image
 import shivelight as sl
 from shivelight.adapter_files import read_adapter
 from shivelight.cli import common
+from shivelight.cli.bench import SHAPE_HEADS, shape_cells
 from shivelight.cli.demo import to_image
 from shivelight.demo import pipeline as embedded
 from shivelight.demo.data import EmojiData
@@ -41,6 +42,7 @@ COLUMNS = {
     "efficiency": ("efficiency", "{:.2f}", 1),
     "PSNR dB": ("psnr_to_dense", "{:.1f}", 1),
     "SSIM": ("ssim_to_dense", "{:.3f}", 1),
+    "PSNR to 100 steps, dB": ("psnr_to_fine", "{:.1f}", 1),
     "KID x1000": ("kid", "{:.1f}", 1000),
     "KID less fine-tuned's, x1000": ("kid_to_finetuned", "{:+.1f}", 1000),
     "FD": ("fd", "{:.0f}", 1),
@@ -71,7 +73,11 @@ def table(path: Path) -> str:
         cells = [text(row) for text in heads.values()]
         for key, pattern, scale in columns.values():
             cell = pattern.format(row[key] * scale) if key in row else ""
-            if cell and key in ("speedup", "psnr_to_dense", "kid", "kid_to_finetuned") and key in row.get("ci95", {}):
+            if (
+                cell
+                and key in ("speedup", "psnr_to_dense", "psnr_to_fine", "kid", "kid_to_finetuned")
+                and key in row.get("ci95", {})
+            ):
                 cell += " ({} to {})".format(*(pattern.format(bound * scale) for bound in row["ci95"][key]))
             cells.append(cell)
         lines.append("| " + " | ".join(cells) + " |")
@@ -108,28 +114,13 @@ def matrix(path: Path, results: dict[str, Any]) -> str:
 
 def shapes(path: Path, results: dict[str, Any]) -> str:
     """Markdown of the published shapes."""
-    lines = [
-        "| backbone | method | tokens + text | M parameters | T multiply-adds | of dense | published |",
-        "|---" * 7 + "|",
-    ]
-    for row in results["rows"]:
-        dense = row["method"] == "dense"
-        of_dense = (
-            f"{row['planned_ratio']:.3f}" if "planned_ratio" in row else f"{row['share_of_parameters']:.2%} of weights"
-        )
-        cells = [
-            row["title"] if dense else "",
-            " ".join([row["method"], budget_label(row)]).strip(),
-            f"{row['image_tokens']} + {row['text_tokens']}" if dense else "",
-            f"{row['parameters'] / 1e6:,.1f}",
-            f"{row['multiply_adds'] / 1e12:.3f}" if "multiply_adds" in row else "",
-            of_dense,
-            f"{row['published_multiply_adds'] / 1e12:.3f} ({row['published_of']})"
-            if "published_multiply_adds" in row
-            else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + f"\n\nSource: `{path.relative_to(ROOT)}`, written by `{results['command']}`."
+    lines = [f"| {' | '.join(SHAPE_HEADS)} |", "|---" * len(SHAPE_HEADS) + "|"]
+    lines += [f"| {' | '.join(shape_cells(row))} |" for row in results["rows"]]
+    whose = "; ".join(row["published_of"] for row in results["rows"] if "published_of" in row)
+    return (
+        "\n".join(lines)
+        + f"\n\nPublished: {whose}. Source: `{path.relative_to(ROOT)}`, written by `{results['command']}`."
+    )
 
 
 def grids() -> None:

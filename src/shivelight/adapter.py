@@ -11,14 +11,13 @@ from diffusers.models.activations import GELU
 from torch import nn
 
 from shivelight.backbones import BackboneSpec, find_spec
-from shivelight.config import RoutingConfig
+from shivelight.config import UNTRAINED, RoutingConfig
 from shivelight.errors import AdapterError, BudgetError, ShivelightError, UnsupportedBackboneError
 from shivelight.execution.context import GRID, Branch
 from shivelight.execution.folding import Delta
 from shivelight.execution.hook import ActivationHook, BlockHook, EmbeddingHook, RootHook
 from shivelight.execution.planning import Budget
 from shivelight.execution.routed import NAME, Routed
-from shivelight.execution.stale import UNTRAINED
 from shivelight.routing import Schedule
 
 
@@ -372,16 +371,16 @@ def _register_hooks(backbone: nn.Module, routed: Routed, spec: BackboneSpec) -> 
 
 def _activated(backbone: nn.Module, spec: BackboneSpec) -> list[nn.Module]:
     """The modules of all blocks whose activation can be exchanged."""
-    names = [None if kind.mlp is None else kind.mlp.activated for kind, _ in spec.block_list(backbone)]
-    if None in names:
-        raise UnsupportedBackboneError(
-            f"The adapter brings an activation, but the spec {spec.name!r} names no module that has one to exchange; fill "
-            "in `mlp.activated`."
-        )
     modules = []
-    for index, (name, (_, block)) in enumerate(zip(names, spec.block_list(backbone), strict=True)):
+    for index, (kind, block) in enumerate(spec.block_list(backbone)):
+        name = None if kind.mlp is None else kind.mlp.activated
+        if name is None:
+            raise UnsupportedBackboneError(
+                f"The adapter brings an activation, but the spec {spec.name!r} names no module that has one to exchange; fill "
+                "in `mlp.activated`."
+            )
         try:
-            module = block.get_submodule(name or "")
+            module = block.get_submodule(name)
         except AttributeError:
             module = None
         if not isinstance(module, GELU):

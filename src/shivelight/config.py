@@ -8,8 +8,12 @@ from typing import Any, Literal
 from shivelight.errors import AdapterError
 
 FORMAT_VERSION = 1
-# Block routers that need no training.
-_UNTRAINED = ("interval", "age", "drift")
+# Block routers that need no training, and what runs under each.
+UNTRAINED = {
+    "interval": "all run at growing intervals",
+    "age": "those whose residual is oldest run",
+    "drift": "those whose residual moves most run",
+}
 
 
 def _require(valid: bool, message: str) -> None:
@@ -121,7 +125,7 @@ class BlockRouting:
         )
         _require(0 < self.threshold < 1, f"BlockRouting.threshold is {self.threshold}; give a probability in (0, 1).")
         _require(0 < self.share < 1, f"BlockRouting.share is {self.share}; give an exponent in (0, 1).")
-        _one_of("BlockRouting.router", self.router, ("lean", "elastic-dit", *_UNTRAINED))
+        _one_of("BlockRouting.router", self.router, ("lean", "elastic-dit", *UNTRAINED))
         _require(
             self.learned or self.widths == (1.0,),
             f"BlockRouting.router={self.router!r} knows no widths; give widths=(1.0,).",
@@ -138,7 +142,7 @@ class BlockRouting:
     @property
     def learned(self) -> bool:
         """Whether its router is trained."""
-        return self.router not in _UNTRAINED
+        return self.router not in UNTRAINED
 
 
 @dataclass(frozen=True)

@@ -1,44 +1,38 @@
 """FLUX.1: diffusers' FluxTransformer2DModel. Double blocks, then single ones over both streams."""
 
-from shivelight.backbones.spec import BackboneSpec, BlockSpec, Mlp, Streams
+from dataclasses import replace
 
-_ARGUMENTS = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "joint_attention_kwargs")
+from shivelight.backbones.spec import SHARED_PLACES, BackboneSpec, BlockSpec, Mlp, Streams
+
+_DOUBLE = BlockSpec(
+    path="transformer_blocks",
+    arguments=("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "joint_attention_kwargs"),
+    image_argument="hidden_states",
+    text_argument="encoder_hidden_states",
+    # Cosines and sines of the text's places and then the image's, [M + N, *].
+    shared_arguments=("image_rotary_emb",),
+    returns=("text", "image"),
+    streams=Streams(
+        image=("attn.to_[qkv]", "attn.to_out.0", "ff.net.*"),
+        text=("attn.add_[qkv]_proj", "attn.to_add_out", "ff_context.net.*"),
+        sample=("norm1.linear", "norm1_context.linear"),
+        joint_attention=("attn",),
+    ),
+    # Of the image stream; the text's, `ff_context`, runs whole.
+    mlp=Mlp(up=("ff.net.0.proj",), down="ff.net.2"),
+)
+_SINGLE = replace(
+    _DOUBLE,
+    path="single_transformer_blocks",
+    streams=Streams(both=("attn.to_[qkv]", "proj_mlp", "proj_out"), sample=("norm.linear",), joint_attention=("attn",)),
+    # One MLP for both streams; `proj_out` reads the attention's output first.
+    mlp=Mlp(up=("proj_mlp",), down="proj_out"),
+)
 
 SPEC = BackboneSpec(
     name="flux",
     classes=("FluxTransformer2DModel",),
-    blocks=(
-        BlockSpec(
-            path="transformer_blocks",
-            arguments=_ARGUMENTS,
-            image_argument="hidden_states",
-            text_argument="encoder_hidden_states",
-            # Cosines and sines of the text's places and then the image's, [M + N, *].
-            shared_arguments=("image_rotary_emb",),
-            returns=("text", "image"),
-            streams=Streams(
-                image=("attn.to_[qkv]", "attn.to_out.0", "ff.net.*"),
-                text=("attn.add_[qkv]_proj", "attn.to_add_out", "ff_context.net.*"),
-                sample=("norm1.linear", "norm1_context.linear"),
-                joint_attention=("attn",),
-            ),
-            # Of the image stream; the text's, `ff_context`, runs whole.
-            mlp=Mlp(up=("ff.net.0.proj",), down="ff.net.2"),
-        ),
-        BlockSpec(
-            path="single_transformer_blocks",
-            arguments=_ARGUMENTS,
-            image_argument="hidden_states",
-            text_argument="encoder_hidden_states",
-            shared_arguments=("image_rotary_emb",),
-            returns=("text", "image"),
-            streams=Streams(
-                both=("attn.to_[qkv]", "proj_mlp", "proj_out"), sample=("norm.linear",), joint_attention=("attn",)
-            ),
-            # One MLP for both streams; `proj_out` reads the attention's output first.
-            mlp=Mlp(up=("proj_mlp",), down="proj_out"),
-        ),
-    ),
+    blocks=(_DOUBLE, _SINGLE),
     timestep_embedding="time_text_embed",
     timestep_argument="timestep",
     # The pipelines pass timesteps over 1000.
@@ -65,5 +59,5 @@ SPEC = BackboneSpec(
     # 1024 x 1024 pixels at 16 a token, and T5's 512 tokens.
     default_shape=lambda model: (64 * 64, 512),
     guidance="separate",
-    no_tokens="Its rotary embedding has no batch dimension, so every sample would have to keep the same tokens.",
+    no_tokens=SHARED_PLACES,
 )

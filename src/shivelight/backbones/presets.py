@@ -27,8 +27,7 @@ class Preset:
         image_tokens: of one pass of one sample.
         text_tokens: likewise.
         source: of these figures.
-        published: figures to check ours against, "multiply_adds" of so many "passes", "parameters", and whose they are ("of"),
-            as far as there are any.
+        published: what to check ours against, if anything: "multiply_adds" of so many "passes", and whose they are ("of").
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from shivelight.backbones.spec import BackboneSpec, BlockSpec, Mlp, Streams
+from shivelight.backbones.spec import SHARED_PLACES, BackboneSpec, BlockSpec, Mlp, Streams
 
 
 def _obstacle(model: Any) -> str:
@@ -70,6 +70,6 @@ SPEC = BackboneSpec(
     guidance="separate",
     # E-DiT's authors route every block.
     first_routed=0,
-    no_tokens="Its rotary embedding has no batch dimension, so every sample would have to keep the same tokens.",
+    no_tokens=SHARED_PLACES,
     obstacle=_obstacle,
 )

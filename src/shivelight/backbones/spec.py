@@ -9,6 +9,9 @@ from torch import nn
 
 from shivelight.errors import UnsupportedBackboneError
 
+# Why tokens cannot be routed where rotary embeddings are [N, *], the same for all samples.
+SHARED_PLACES = "Its rotary embedding has no batch dimension, so every sample would have to keep the same tokens."
+
 
 @dataclass(frozen=True)
 class Streams:

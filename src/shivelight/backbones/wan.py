@@ -1,6 +1,6 @@
 """Wan 2.1 and 2.2: diffusers' WanTransformer3DModel, video tokens."""
 
-from shivelight.backbones.spec import BackboneSpec, BlockSpec, Mlp, Streams
+from shivelight.backbones.spec import SHARED_PLACES, BackboneSpec, BlockSpec, Mlp, Streams
 
 SPEC = BackboneSpec(
     name="wan",
@@ -16,7 +16,8 @@ SPEC = BackboneSpec(
             returns=("image",),
             streams=Streams(
                 image=("attn1.to_*", "attn2.to_q", "attn2.to_out.0", "ffn.net.*"),
-                # Keys and values of an image that conditions the video (attn2.add_*) are of the same length's order.
+                # Of an image that conditions the video, keys and values (attn2.add_*) are counted for every context token, of
+                # the image and of the text: a little too many.
                 text=("attn2.to_[kv]", "attn2.add_[kv]_proj"),
                 image_attention=("attn1",),
                 cross_attention=("attn2",),
@@ -43,5 +44,5 @@ SPEC = BackboneSpec(
     # 81 frames of 480 x 832 pixels: 21 x 30 x 52 tokens; T5's 512.
     default_shape=lambda model: (21 * 30 * 52, 512),
     guidance="separate",
-    no_tokens="Its rotary embedding has no batch dimension, so every sample would have to keep the same tokens.",
+    no_tokens=SHARED_PLACES,
 )

@@ -14,6 +14,9 @@ from shivelight.config import BlockRouting, Reuse, RoutingConfig, TokenRouting
 from shivelight.cost import backbone_costs, planned_ratio, step_flops
 from shivelight.evaluation.results import new_results, new_row
 from shivelight.execution.routed import Routed
+from shivelight.report.style import budget_label
+
+SHAPE_HEADS = ("backbone", "method", "tokens + text", "M parameters", "T multiply-adds", "of dense", "published")
 
 
 def bench(
@@ -30,21 +33,12 @@ def bench(
     Example: shivelight bench --backbone flux1-dev --backbone qwen-image
     """
     rows: list[dict[str, Any]] = []
-    table = Table("backbone", "method", "tokens + text", "M parameters", "T multiply-adds", "of dense", "published")
+    table = Table(*SHAPE_HEADS)
     for name in backbone or PRESETS:
         for row in shape_rows(name, keep or [0.8, 0.6]):
             rows.append(row)
-            budget = "".join(f" {key} {value:g}" for key, value in row["budget"].items())
-            table.add_row(
-                row["variant"] if row["method"] == "dense" else "",
-                row["method"] + budget,
-                f"{row['image_tokens']} + {row['text_tokens']}" if row["method"] == "dense" else "",
-                f"{row['parameters'] / 1e6:,.1f}",
-                f"{row['multiply_adds'] / 1e12:.3f}" if "multiply_adds" in row else "",
-                f"{row['planned_ratio']:.3f}" if "planned_ratio" in row else f"{row['share_of_parameters']:.2%}",
-                f"{row['published_multiply_adds'] / 1e12:.3f}" if "published_multiply_adds" in row else "",
-            )
-    Console(width=max(common.console.width, 120)).print(table)
+            table.add_row(*shape_cells(row))
+    Console(width=max(common.console.width, 140)).print(table)
     results = new_results(backbone={"class": "published shapes, on the meta device"})
     results["rows"] = rows
     common.save_json(json, results)
@@ -89,3 +83,17 @@ def shape_rows(name: str, keeps: list[float]) -> list[dict[str, Any]]:
             own = sum(parameter.numel() for parameter in Routed(model, spec, config, None).parameters())
         rows.append(new_row(method, variant=name, parameters=own, share_of_parameters=own / parameters))
     return rows
+
+
+def shape_cells(row: dict[str, Any]) -> list[str]:
+    """A row as text, one cell for each of `SHAPE_HEADS`."""
+    dense = row["method"] == "dense"
+    return [
+        row["title"] if dense else "",
+        " ".join([row["method"], budget_label(row)]).strip(),
+        f"{row['image_tokens']} + {row['text_tokens']}" if dense else "",
+        f"{row['parameters'] / 1e6:,.1f}",
+        f"{row['multiply_adds'] / 1e12:.3f}" if "multiply_adds" in row else "",
+        f"{row['planned_ratio']:.3f}" if "planned_ratio" in row else f"{row['share_of_parameters']:.2%} of weights",
+        f"{row['published_multiply_adds'] / 1e12:.3f}" if "published_multiply_adds" in row else "",
+    ]

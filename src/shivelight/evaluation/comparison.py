@@ -268,6 +268,21 @@ class Comparison:
         with point.state():
             return peak_memory_mb(partial(self.call, [_ANY], point.steps), self.pipe.device)
 
+    def clock(
+        self, timings: Timings, point: OperatingPoint, reference: OperatingPoint, planned: float | None
+    ) -> dict[str, Any]:
+        """What the timings say of a point beside the reference; efficiency where its share of the FLOPs was planned."""
+        speedup = timings.speedup(point.name, reference.name, inner=True, seed=self.setting.seed)
+        figures: dict[str, Any] = {
+            "latency_ms": timings.latency_ms(point.name),
+            "speedup": speedup,
+            "speedup_end_to_end": timings.speedup(point.name, reference.name, seed=self.setting.seed),
+        }
+        if planned is not None:
+            values = {name: getattr(speedup, name) * planned for name in ("value", "low", "high")}
+            figures["efficiency"] = replace(speedup, **values)
+        return figures
+
     def rows(
         self,
         points: Sequence[OperatingPoint],
@@ -295,21 +310,16 @@ class Comparison:
         rows, tuned = [], None
         for point in points:
             planned = self.planned(point)
-            speedup = timings.speedup(point.name, reference.name, inner=True, seed=self.setting.seed)
             gated = point.name in self.realised
             figures: dict[str, Any] = {
                 "steps": point.steps, "batch": 1, "guidance": self.setting.guidance,
                 "dtype": str(self.backbone.dtype).removeprefix("torch."), "compiled": False,
                 "flops_ratio": self.counted_flops(point, captions[:2] if gated else (_ANY,)) / dense_flops,
                 "realised": self.realised.get(point.name),
-                "latency_ms": timings.latency_ms(point.name), "speedup": speedup,
-                "speedup_end_to_end": timings.speedup(point.name, reference.name, seed=self.setting.seed),
+                "planned_ratio": planned, **self.clock(timings, point, reference, planned),
                 "peak_memory_mb": self._peak_memory_mb(point),
                 "samples": len(pictures[point.name]),
             }  # fmt: skip
-            if planned is not None:
-                values = {name: getattr(speedup, name) * planned for name in ("value", "low", "high")}
-                figures |= {"planned_ratio": planned, "efficiency": replace(speedup, **values)}
             if point is not reference:
                 figures |= fidelity_to_dense(
                     pictures[point.name], pictures[reference.name], self.setting.seed

@@ -18,13 +18,6 @@ from shivelight.execution.gates import Decision
 from shivelight.execution.planning import Budget, Planner, Request, warm_steps
 from shivelight.execution.reuse import BlockResiduals
 
-# What each router without training does, in a summary.
-UNTRAINED = {
-    "interval": "all run at growing intervals",
-    "age": "those whose residual is oldest run",
-    "drift": "those whose residual moves most run",
-}
-
 Find = Callable[[int], BlockResiduals | None]
 
 
@@ -112,9 +105,10 @@ class StaleGates:
         whole = planner.whole_flops(kept, request)
         left = (budget.value * dense - always) * steps
         # The first step always runs everything: there is nothing yet to reuse.
-        fewest = math.ceil(steps / self.reuse.max_age) if self.config.router == "interval" else 1
-        least = math.fsum(whole[:1]) if fewest == 1 else math.fsum(whole[step] for step in self._runs(fewest, steps))
-        if left < least * (1 - 1e-9):
+        together = self.config.router == "interval"
+        fewest = math.ceil(steps / self.reuse.max_age) if together else 1
+        least = math.fsum(whole[step] for step in (self._runs(fewest, steps) if together else {0}))
+        if least > left * (1 + 1e-9):
             nearest = math.ceil(1e4 * (always * steps + least) / (dense * steps)) / 1e4
             raise BudgetError(
                 f"compute={budget.value} cannot be reached in {steps} steps: "
@@ -122,7 +116,7 @@ class StaleGates:
                 + f" The nearest is compute={nearest}.",
                 nearest=nearest,
             )
-        if self.config.router == "interval":
+        if together:
             return StalePlan(self._at_intervals(whole, fewest, left))
         warm = max(1, warm_steps(self.reuse.warmup, whole, left))
         # The steps after the warm-up share the rest by their own cost.
@@ -134,9 +128,8 @@ class StaleGates:
 
     def _at_intervals(self, whole: Sequence[float], fewest: int, left: float) -> tuple[float, ...]:
         """What each step may spend, where as many as possible run everything and the others nothing."""
-        plans = (self._runs(count, len(whole)) for count in range(len(whole), fewest, -1))
-        affordable = (runs for runs in plans if math.fsum(whole[step] for step in runs) <= left * (1 + 1e-9))
-        runs = next(affordable, None) or self._runs(fewest, len(whole))
+        plans = (self._runs(count, len(whole)) for count in range(len(whole), fewest - 1, -1))
+        runs = next(runs for runs in plans if math.fsum(whole[step] for step in runs) <= left * (1 + 1e-9))
         return tuple(cost if step in runs else 0.0 for step, cost in enumerate(whole))
 
     def decide(
