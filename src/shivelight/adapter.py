@@ -46,8 +46,6 @@ def prepare(model: Any, config: RoutingConfig, pipeline: Any | None = None) -> R
     pipeline = own if pipeline is None else pipeline
     spec = find_spec(backbone)
     _refuse_unsupported(backbone)
-    if reason := spec.obstacle(backbone):
-        raise UnsupportedBackboneError(f"This {type(backbone).__name__} cannot be routed. {reason}")
     if config.tokens is not None and spec.no_tokens:
         raise UnsupportedBackboneError(
             f"The tokens of a {type(backbone).__name__} cannot be routed. {spec.no_tokens} Route its blocks: "

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -182,11 +183,27 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def _attention(block: nn.Module, name: str) -> Any | None:
+    """An attention module of a block ("" is the block itself), or None: only some blocks have dual attention."""
+    try:
+        return block.get_submodule(name)
+    except AttributeError:
+        return None
+
+
 def _head_size(block: nn.Module, name: str) -> int:
-    attention = getattr(block, name, None)
-    return 0 if attention is None else int(attention.inner_dim) // int(attention.heads)
+    attention = _attention(block, name)
+    return 0 if attention is None else _attention_width(block, name) // int(attention.heads)
 
 
 def _attention_width(block: nn.Module, name: str) -> int:
-    attention = getattr(block, name, None)
-    return 0 if attention is None else int(attention.inner_dim)
+    attention = _attention(block, name)
+    if attention is None:
+        return 0
+    width = getattr(attention, "inner_dim", None) or getattr(attention, "hidden_size", None)
+    if width is None:
+        raise UnsupportedBackboneError(
+            f"The attention {name!r} of {type(block).__name__} has neither `inner_dim` nor `hidden_size`, so its cost cannot be "
+            "counted; give it one, or name another module in the spec's Streams."
+        )
+    return int(width)

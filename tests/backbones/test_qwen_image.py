@@ -113,19 +113,50 @@ def test_the_plan_counts_what_runs() -> None:
     assert whole - counted() == saved > 0
 
 
-def test_tokens_are_refused_with_the_reason_and_the_remedy() -> None:
-    model = tiny_model()
-    for config in (None, sl.RoutingConfig.training_free(), sl.RoutingConfig(blocks=sl.BlockRouting())):
-        with pytest.raises(
-            sl.UnsupportedBackboneError, match="rotary embedding has no batch.*RoutingConfig.tokens=None"
-        ):
-            sl.attach(model, config)
-    assert routed_of(model, missing_ok=True) is None
+def edited(zero_cond_t: bool, batch: int = 3) -> tuple[QwenImageTransformer2DModel, dict[str, Any]]:
+    """A picture's 16 tokens and 16 of the one to edit, which zero_cond_t gives the modulation of timestep 0."""
+    call = inputs(batch)
+    call["hidden_states"] = torch.randn(batch, 32, 16, generator=torch.Generator().manual_seed(4))
+    call["img_shapes"] = [[(1, 4, 4), (1, 4, 4)]] * batch
+    return tiny_model(zero_cond_t=zero_cond_t), call
 
 
-def test_a_model_whose_timesteps_come_in_pairs_is_refused() -> None:
-    with pytest.raises(sl.UnsupportedBackboneError, match="zero_cond_t"):
-        sl.attach(tiny_model(zero_cond_t=True), sl.RoutingConfig(None, sl.BlockRouting()))
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+@pytest.mark.parametrize("axis", ["tokens", "blocks"])
+def test_reference_tokens_and_their_modulation_follow_samples_and_tokens(axis: str, zero_cond_t: bool) -> None:
+    model, call = edited(zero_cond_t)
+    dense = run(model, call)
+    torch.manual_seed(2)
+    if axis == "tokens":
+        sl.attach(model, sl.RoutingConfig(sl.TokenRouting(granularity=1)))
+        sl.set_budget(model, keep=0.6)
+    else:
+        sl.attach(model, sl.RoutingConfig(None, sl.BlockRouting(widths=(0.5, 1.0))))
+        words = {0: (1.0, -1.0, 1.0), 1: (-1.0, 1.0, 1.0), 2: (1.0, 1.0, 1.0)}
+        state = {"at": [0, 1, 2]}
+        routed_of(model).read_gates = lambda block, x, *_: torch.tensor(
+            [(words[block][sample], 0.0, 1.0) for sample in state["at"]]
+        )
+        sl.set_budget(model, threshold=0.5)
+    together = run(model, call)
+    assert not torch.allclose(together, dense)
+    for sample in range(3):
+        if axis == "blocks":
+            state["at"] = [sample]
+        torch.testing.assert_close(
+            run(model, of_sample(call, sample)), together[sample : sample + 1], atol=1e-5, rtol=1e-4
+        )
+
+
+def test_routers_see_each_samples_own_timestep() -> None:
+    model, call = edited(True, 2)
+    sl.attach(model, sl.RoutingConfig(sl.TokenRouting()))
+    run(model, call)
+    seen = routed_of(model).context.time_embedding
+    plain = tiny_model()
+    sl.attach(plain, sl.RoutingConfig(sl.TokenRouting()))
+    run(plain, inputs(2))
+    torch.testing.assert_close(seen, routed_of(plain).context.time_embedding)
 
 
 def test_an_activation_is_refused_where_the_spec_names_none(pipe: Any) -> None:

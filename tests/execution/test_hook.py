@@ -9,7 +9,7 @@ from torch import Tensor
 
 import shivelight as sl
 from shivelight.backbones import sd3
-from shivelight.execution.hook import BlockCall
+from shivelight.execution.call import BlockCall
 
 Seen = list[tuple[int, Tensor, Tensor, Tensor | None]]
 TOKENS = 64

@@ -1,8 +1,24 @@
 """FLUX.1: diffusers' FluxTransformer2DModel. Double blocks, then single ones over both streams."""
 
 from dataclasses import replace
+from typing import Any
 
-from shivelight.backbones.spec import SHARED_PLACES, BackboneSpec, BlockSpec, Mlp, Streams
+from torch import Tensor
+
+from shivelight.backbones.spec import Angles, BackboneSpec, BlockSpec, Mlp, Rotary, Streams
+
+
+def interleaved_angles(table: tuple[Tensor, Tensor], text_tokens: int) -> tuple[Angles, Angles]:
+    """Of cosines and sines [M + N, 2 C], text first, each written twice in a row; FLUX.2's are alike."""
+    cosines, sines = (part[:, ::2] for part in table)
+    return (cosines[text_tokens:], sines[text_tokens:]), (cosines[:text_tokens], sines[:text_tokens])
+
+
+def _adapter(block: Any) -> str:
+    if hasattr(block.attn.processor, "to_k_ip"):
+        return "An IP-Adapter reads its queries before they are turned by their places. Route blocks, or unload the IP-Adapter."
+    return ""
+
 
 _DOUBLE = BlockSpec(
     path="transformer_blocks",
@@ -18,6 +34,14 @@ _DOUBLE = BlockSpec(
         sample=("norm1.linear", "norm1_context.linear"),
         joint_attention=("attn",),
     ),
+    context_linears=("attn.to_k", "attn.to_v"),
+    rotary=Rotary(
+        "image_rotary_emb",
+        interleaved_angles,
+        image=("attn.norm_q", "attn.norm_k"),
+        text=("attn.norm_added_q", "attn.norm_added_k"),
+        obstacle=_adapter,
+    ),
     # Of the image stream; the text's, `ff_context`, runs whole.
     mlp=Mlp(up=("ff.net.0.proj",), down="ff.net.2"),
 )
@@ -25,6 +49,7 @@ _SINGLE = replace(
     _DOUBLE,
     path="single_transformer_blocks",
     streams=Streams(both=("attn.to_[qkv]", "proj_mlp", "proj_out"), sample=("norm.linear",), joint_attention=("attn",)),
+    rotary=Rotary("image_rotary_emb", interleaved_angles, both=("attn.norm_q", "attn.norm_k")),
     # One MLP for both streams; `proj_out` reads the attention's output first.
     mlp=Mlp(up=("proj_mlp",), down="proj_out"),
 )
@@ -59,5 +84,4 @@ SPEC = BackboneSpec(
     # 1024 x 1024 pixels at 16 a token, and T5's 512 tokens.
     default_shape=lambda model: (64 * 64, 512),
     guidance="separate",
-    no_tokens=SHARED_PLACES,
 )

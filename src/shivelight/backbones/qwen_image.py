@@ -1,17 +1,19 @@
 """Qwen-Image and its editing models: diffusers' QwenImageTransformer2DModel."""
 
-from typing import Any
+from torch import Tensor
 
-from shivelight.backbones.spec import SHARED_PLACES, BackboneSpec, BlockSpec, Mlp, Streams
+from shivelight.backbones.spec import Angles, BackboneSpec, BlockSpec, Mlp, Rotary, Streams
 
 
-def _obstacle(model: Any) -> str:
-    if getattr(model, "zero_cond_t", False):
-        return (
-            "With zero_cond_t its timestep embedding has two rows for each sample, which cannot follow samples that go "
-            "different ways through a block."
-        )
-    return ""
+def _angles(table: tuple[Tensor, Tensor], text_tokens: int) -> tuple[Angles, Angles]:
+    """Of complex numbers [N, C] and [M, C]."""
+    (image, text) = table
+    return (image.real, image.imag), (text.real, text.imag)
+
+
+def _sample_rows(rows: Tensor, times: Tensor) -> Tensor:
+    """With zero_cond_t (Qwen-Image-Edit), rows for the samples' own timesteps are followed by as many for timestep 0."""
+    return rows[: times.numel()] if len(rows) == 2 * times.numel() else rows
 
 
 SPEC = BackboneSpec(
@@ -32,6 +34,16 @@ SPEC = BackboneSpec(
             image_argument="hidden_states",
             # Angles of the image's and of the text's places, [N, *] and [M, *].
             shared_arguments=("image_rotary_emb",),
+            token_arguments=("modulate_index",),
+            stacked_arguments=("temb",),
+            text_mask_argument="encoder_hidden_states_mask",
+            context_linears=("attn.to_k", "attn.to_v"),
+            rotary=Rotary(
+                "image_rotary_emb",
+                _angles,
+                image=("attn.norm_q", "attn.norm_k"),
+                text=("attn.norm_added_q", "attn.norm_added_k"),
+            ),
             returns=("text", "image"),
             streams=Streams(
                 image=("attn.to_[qkv]", "attn.to_out.0", "img_mlp.net.*"),
@@ -70,6 +82,5 @@ SPEC = BackboneSpec(
     guidance="separate",
     # E-DiT's authors route every block.
     first_routed=0,
-    no_tokens=SHARED_PLACES,
-    obstacle=_obstacle,
+    sample_embeddings=_sample_rows,
 )

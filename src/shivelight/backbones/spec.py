@@ -1,16 +1,16 @@
 """The description of a DiT family, and the registry that finds the one a model belongs to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from shivelight.errors import UnsupportedBackboneError
 
-# Why tokens cannot be routed where rotary embeddings are [N, *], the same for all samples.
-SHARED_PLACES = "Its rotary embedding has no batch dimension, so every sample would have to keep the same tokens."
+# (cosines, sines) of places [S, C], where heads have size 2 C.
+Angles = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Streams:
         text: applied to every text token.
         both: applied to every image token and to every text token.
         sample: applied once per sample (modulation).
-        joint_attention: attention modules in which image and text tokens attend to each other.
+        joint_attention: attention modules in which image and text tokens attend to each other; "" is the block itself. Their
+            width is their `inner_dim` or `hidden_size`.
         image_attention: attention modules among the image tokens alone.
         cross_attention: attention modules in which image tokens attend to text tokens.
         linear_attention: attention modules among the image tokens whose cost is linear in their number.
@@ -48,6 +49,9 @@ class Mlp:
             FLUX's single blocks put the attention's output there.
         halves: how many parts of H rows an up-projection's output stacks; 2 for GEGLU and SwiGLU, which then take one
             as the gate of the other.
+        fused: how many projections come before them in the same output, each as wide as the columns before those of the
+            hidden channels; 3 where queries, keys and values do.
+        size: attribute, relative to the block, that holds H and by which its forward splits such an output, or None.
         activated: the module of diffusers' GELU class that projects up and activates, where there is one: its activation
             can be exchanged (`RoutingConfig.activation`).
     """
@@ -55,20 +59,27 @@ class Mlp:
     up: tuple[str, ...]
     down: str
     halves: int = 1
+    fused: int = 0
+    size: str | None = None
     activated: str | None = None
 
     def channels(self, block: nn.Module) -> int:
         """H, the hidden channels of this block's MLP."""
         made = {name: self._layer(block, name).out_features for name in self.up}
         stacked = min(made.values(), default=0)
-        hidden, rest = divmod(stacked, self.halves)
         read = self._layer(block, self.down).in_features
+        # stacked = fused (read - H) + halves H
+        hidden, rest = divmod(stacked - self.fused * read, self.halves - self.fused)
         if set(made.values()) != {stacked} or rest or not 0 < hidden <= read:
             raise UnsupportedBackboneError(
                 f"The MLP of {type(block).__name__} does not fit its spec: {made} output features in {self.halves} parts "
                 f"cannot be the last of the {read} inputs of {self.down!r}. Correct `mlp` in the spec."
             )
         return hidden
+
+    def rows_before(self, block: nn.Module) -> int:
+        """Rows of the up-projections before those of the hidden channels."""
+        return self.fused * self.offset(block)
 
     def offset(self, block: nn.Module) -> int:
         """Columns of the down-projection before those of the hidden channels; 0 for an MLP that stands alone."""
@@ -96,6 +107,34 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """How a block turns queries and keys by the places of their tokens, where that embedding has no batch dimension: every
+    sample keeps tokens of its own, so the block is then run without it, and what these modules put out is turned instead.
+
+    Attributes:
+        argument: the block's argument that holds the embedding of all tokens.
+        angles: (what it holds, M) -> angles of the N image tokens, and of the M text tokens or None; neighbouring channels
+            of a head are turned as pairs.
+        image: modules whose outputs [B, S, *] are queries or keys of image tokens.
+        text: likewise of text tokens.
+        both: likewise of text tokens followed by image tokens.
+        obstacle: block -> why it cannot be run so as it is set up, a sentence; empty where it can.
+    """
+
+    argument: str
+    angles: Callable[[Any, int], tuple[Angles, Angles | None]]
+    image: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    both: tuple[str, ...] = ()
+    obstacle: Callable[[Any], str] = lambda block: ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all modules whose outputs are turned."""
+        return *self.image, *self.text, *self.both
+
+
+@dataclass(frozen=True)
 class BlockSpec:
     """One kind of block of a family: where they are, what their forward takes and gives, and where its work is done.
 
@@ -105,12 +144,19 @@ class BlockSpec:
         image_argument: the one that holds the image tokens [B, N, D].
         returns: what the block returns, in order; ("image",) means the bare tensor.
         streams: where its work is done, for `cost.py`.
+        joined: the image argument holds the text tokens too, before the image tokens [B, M + N, D], and so does what the block
+            returns; `BackboneSpec.text_length` says how many they are.
         text_argument: the one that holds the text tokens [B, M, D] which the block returns changed, or None.
         context_argument: the one that holds text tokens [B, M, *] which image tokens attend to and no block changes, or None.
         token_arguments: further ones whose dimension 1 follows the image tokens and must be gathered along.
+        token_dimensions: of those among them that follow the tokens only where they have so many dimensions.
         shared_arguments: those without a batch dimension, the same for all samples: never sliced, whatever their length.
+        stacked_arguments: those whose dimension 0 holds several sets of B rows, one after the other.
+        text_mask_argument: the mask [B, M] of text tokens that attention itself lengthens by one entry for each image token it
+            is given; more are added where more tokens are attended to than run.
         context_linears: names, relative to the block, of the projections whose outputs [B, N, E] image tokens are attended
-            by; a rejected token keeps its last one where residuals are reused.
+            by (the last N rows, if text comes first); a rejected token keeps its last one where residuals are reused.
+        rotary: how it turns queries and keys by their places, where that embedding has no batch dimension, or None.
         mlp: the MLP of the image stream, whose hidden layer can be narrowed, or None.
     """
 
@@ -119,11 +165,16 @@ class BlockSpec:
     image_argument: str
     returns: tuple[str, ...]
     streams: Streams
+    joined: bool = False
     text_argument: str | None = None
     context_argument: str | None = None
     token_arguments: tuple[str, ...] = ()
+    token_dimensions: Mapping[str, int] = field(default_factory=dict)
     shared_arguments: tuple[str, ...] = ()
+    stacked_arguments: tuple[str, ...] = ()
+    text_mask_argument: str | None = None
     context_linears: tuple[str, ...] = ()
+    rotary: Rotary | None = None
     mlp: Mlp | None = None
 
     def list_in(self, model: nn.Module, family: str) -> nn.ModuleList:
@@ -169,8 +220,11 @@ class BackboneSpec:
         guidance: how the family's pipelines run classifier-free guidance: in one batch (unconditional half first), as
             separate calls, or never (or without saying so: every sample is then routed for itself).
         first_routed: blocks before this index are never pruned.
+        text_length: the backbone's arguments by name -> M, for blocks whose streams are joined, or None.
+        sample_times: the backbone's timesteps, one for each sample or for each token -> one for each sample.
+        sample_embeddings: (what the timestep embedding puts out, the backbone's timesteps) -> one row for each sample.
         no_tokens: why its tokens cannot be routed, a sentence; empty where they can.
-        obstacle: model -> why this one of the family cannot be routed as it is set up, a sentence; empty where it can.
+        call_obstacle: the backbone's arguments by name -> why such a call cannot be routed, a sentence; empty where it can.
     """
 
     name: str
@@ -186,11 +240,19 @@ class BackboneSpec:
     timestep_scale: float = 1.0
     guidance: Literal["batched", "separate", "none"] = "none"
     first_routed: int = 1
+    text_length: Callable[[dict[str, Any]], int] | None = None
+    sample_times: Callable[[Tensor], Tensor] = lambda times: times
+    sample_embeddings: Callable[[Tensor, Tensor], Tensor] = lambda rows, times: rows
     no_tokens: str = ""
-    obstacle: Callable[[Any], str] = lambda model: ""
+    call_obstacle: Callable[[dict[str, Any]], str] = lambda arguments: ""
 
     def block_list(self, model: nn.Module) -> list[tuple[BlockSpec, nn.Module]]:
         """The blocks of a model of this family in the order in which they run, each with its kind."""
+        if self.text_length is None and any(kind.joined for kind in self.blocks):
+            raise UnsupportedBackboneError(
+                f"The spec {self.name!r} has blocks whose streams are joined, but does not say how many text tokens are in them; "
+                "fill in `text_length`."
+            )
         blocks = [(kind, block) for kind in self.blocks for block in kind.list_in(model, self.name)]
         if len(blocks) <= self.first_routed:
             raise UnsupportedBackboneError(

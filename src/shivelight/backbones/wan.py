@@ -1,6 +1,28 @@
 """Wan 2.1 and 2.2: diffusers' WanTransformer3DModel, video tokens."""
 
-from shivelight.backbones.spec import SHARED_PLACES, BackboneSpec, BlockSpec, Mlp, Streams
+import torch
+from torch import Tensor
+
+from shivelight.backbones.spec import Angles, BackboneSpec, BlockSpec, Mlp, Rotary, Streams
+
+
+def _angles(table: tuple[Tensor, Tensor], text_tokens: int) -> tuple[Angles, None]:
+    """Of cosines and sines [1, N, 1, 2 C], each written twice in a row; text is not turned."""
+    cosines, sines = (part[0, :, 0, ::2] for part in table)
+    return (cosines, sines), None
+
+
+def _sample_times(times: Tensor) -> Tensor:
+    """Wan 2.2 TI2V has timesteps [B, N]: 0 for tokens of a given picture, the step's own for the others."""
+    return times.amax(dim=1) if times.ndim == 2 else times
+
+
+def _sample_rows(rows: Tensor, times: Tensor) -> Tensor:
+    """Of rows [B, N, T] for timesteps [B, N], those of each sample's latest one."""
+    if times.ndim < 2:
+        return rows
+    return rows[torch.arange(len(times), device=rows.device), times.argmax(dim=1)]
+
 
 SPEC = BackboneSpec(
     name="wan",
@@ -13,6 +35,11 @@ SPEC = BackboneSpec(
             context_argument="encoder_hidden_states",
             # Cosines and sines of the places, [1, N, 1, *].
             shared_arguments=("rotary_emb",),
+            # Modulation by timesteps of single tokens, [B, N, 6, D], or of samples, [B, 6, D].
+            token_arguments=("temb",),
+            token_dimensions={"temb": 4},
+            context_linears=("attn1.to_k", "attn1.to_v"),
+            rotary=Rotary("rotary_emb", _angles, image=("attn1.norm_q", "attn1.norm_k")),
             returns=("image",),
             streams=Streams(
                 image=("attn1.to_*", "attn2.to_q", "attn2.to_out.0", "ffn.net.*"),
@@ -44,5 +71,6 @@ SPEC = BackboneSpec(
     # 81 frames of 480 x 832 pixels: 21 x 30 x 52 tokens; T5's 512.
     default_shape=lambda model: (21 * 30 * 52, 512),
     guidance="separate",
-    no_tokens=SHARED_PLACES,
+    sample_times=_sample_times,
+    sample_embeddings=_sample_rows,
 )

@@ -31,9 +31,11 @@ class StepContext:
         step: index into `steps`.
         call: how many passes this step has seen before this one (guidance by separate calls, extra passes).
         branch: "both" is a batch of [unconditional; conditional] halves, "single" a batch of independent samples.
-        timestep: as passed to the backbone, [B] or scalar.
+        timestep: of each sample, [B] or scalar.
+        given_timestep: as passed to the backbone; a family may take one for each token.
         time_embedding: [B, T], the backbone's own.
         condition: [B, C], the backbone's embedding of the pooled condition, or None.
+        text_tokens: M, noted by the root for blocks whose streams are joined.
         choices: the conditional branch's scores per block, which rank the tokens of a separate unconditional call too.
         memo: what is worked out once in a pass and asked for by every block.
     """
@@ -44,8 +46,10 @@ class StepContext:
     call: int = 0
     branch: Branch = "single"
     timestep: Tensor | None = None
+    given_timestep: Tensor | None = None
     time_embedding: Tensor | None = None
     condition: Tensor | None = None
+    text_tokens: int = 0
     choices: dict[int, Tensor] = field(default_factory=dict)
     memo: dict[Hashable, Any] = field(default_factory=dict)
 

@@ -8,13 +8,15 @@ from diffusers.models.activations import ApproximateGELU
 from torch import Tensor, nn
 
 from shivelight.backbones.spec import BlockSpec
-from shivelight.errors import ShivelightError
+from shivelight.errors import ShivelightError, UnsupportedBackboneError
+from shivelight.execution.call import BlockCall
 from shivelight.execution.gates import Decision
 from shivelight.execution.reuse import BlockResiduals
+from shivelight.execution.rotary import turned
 from shivelight.execution.routed import Routed
-from shivelight.execution.span import Segments
-from shivelight.execution.tokens import gather_tokens, merge_samples, sample_index, take_samples, write_back
-from shivelight.execution.width import call_narrow, masked_channels
+from shivelight.execution.span import Passage
+from shivelight.execution.tokens import merge_samples, sample_index, write_back
+from shivelight.execution.width import call_narrow, masked_channels, resized
 from shivelight.routing import token_mask, top_k_indices
 
 
@@ -28,11 +30,16 @@ class RootHook(ModelHook):
         self.routed = routed
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
-        """Note the timestep."""
+        """Note the timestep, and how much text there is where blocks do not tell."""
         spec = self.routed.spec
-        place = spec.model_arguments.index(spec.timestep_argument)
-        timestep = args[place] if place < len(args) else kwargs.get(spec.timestep_argument)
-        self.routed.begin(timestep)
+        arguments = dict(zip(spec.model_arguments, args, strict=False)) | kwargs
+        if self.routed.enabled and (reason := spec.call_obstacle(arguments)):
+            raise UnsupportedBackboneError(
+                f"This call of {type(module).__name__} cannot be routed. {reason} Detach, or use shivelight.dense(model)."
+            )
+        self.routed.begin(arguments.get(spec.timestep_argument))
+        if spec.text_length is not None:
+            self.routed.context.text_tokens = spec.text_length(arguments)
         return args, kwargs
 
     def reset_state(self, module: nn.Module) -> nn.Module:
@@ -50,7 +57,10 @@ class EmbeddingHook(ModelHook):
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Keep it."""
-        setattr(self.routed.context, self.field, output)
+        context, given = self.routed.context, output
+        if self.field == "time_embedding" and context.given_timestep is not None:
+            given = self.routed.spec.sample_embeddings(output, context.given_timestep)
+        setattr(context, self.field, given)
         return output
 
 
@@ -71,76 +81,6 @@ class ActivationHook(ModelHook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """In the place of the module's forward."""
         return self.computing.forward(module, *args, **kwargs)
-
-
-class BlockCall:
-    """One call of a block's forward, with its arguments by name.
-
-    Args:
-        kind: of the block.
-        args: positional arguments of the call.
-        kwargs: keyword arguments of the call.
-    """
-
-    def __init__(self, kind: BlockSpec, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.kind = kind
-        self.arguments = dict(zip(kind.arguments, args, strict=False)) | kwargs
-
-    @property
-    def image(self) -> Tensor:
-        """The image tokens [B, N, D]."""
-        return self.arguments[self.kind.image_argument]
-
-    @property
-    def text(self) -> Tensor | None:
-        """The text tokens [B, M, D] that the block changes; None where it has none."""
-        return self.arguments.get(self.kind.text_argument) if self.kind.text_argument else None
-
-    @property
-    def text_tokens(self) -> int:
-        """M, of the text tokens that the block changes or attends to."""
-        context = self.text
-        if context is None and self.kind.context_argument:
-            context = self.arguments.get(self.kind.context_argument)
-        return 0 if context is None else context.shape[1]
-
-    @property
-    def streams(self) -> dict[str, Tensor]:
-        """The arguments that hold tokens which the block returns changed."""
-        names = (self.kind.image_argument, self.kind.text_argument)
-        return {name: self.arguments[name] for name in names if name is not None and name in self.arguments}
-
-    def on_tokens(self, x: Tensor, indices: Tensor | None) -> dict[str, Any]:
-        """The arguments with the image tokens replaced by x, and by those at `indices` alone where given."""
-        moved = {self.kind.image_argument: x if indices is None else gather_tokens(x, indices)}
-        if indices is not None:
-            for name in self.kind.token_arguments:
-                if self.arguments.get(name) is not None:
-                    moved[name] = gather_tokens(self.arguments[name], indices)
-        return self.arguments | moved
-
-    def of_samples(self, samples: Tensor, runs: bool) -> "BlockCall":
-        """The same call for some samples of the batch [b]: all arguments where the block runs, else the streams alone."""
-        batch, arguments = len(self.image), self.arguments if runs else self.streams
-        shared = self.kind.shared_arguments
-        taken = {
-            name: value if name in shared else take_samples(value, samples, batch) for name, value in arguments.items()
-        }
-        return BlockCall(self.kind, (), taken)
-
-    def split(self, output: Any) -> tuple[Tensor, Tensor | None]:
-        """(image, text) of what the block returned."""
-        if self.kind.returns == ("image",):
-            return output, None
-        named = dict(zip(self.kind.returns, output, strict=True))
-        return named["image"], named.get("text")
-
-    def join(self, image: Tensor, text: Tensor | None) -> Any:
-        """What the block would have returned."""
-        if self.kind.returns == ("image",):
-            return image
-        named = {"image": image, "text": text}
-        return tuple(named[name] for name in self.kind.returns)
 
 
 class Selection(NamedTuple):
@@ -169,7 +109,7 @@ class BlockHook(ModelHook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """In the place of the block's forward."""
         routed = self.routed
-        call = BlockCall(self.kind, args, kwargs)
+        call = BlockCall(self.kind, args, kwargs, routed.context.text_tokens)
         x = call.image
         if not routed.enabled:
             output = self.fn_ref.original_forward(*args, **kwargs)
@@ -283,12 +223,14 @@ class BlockHook(ModelHook):
                 return call.image, call.text
             return entry.add(call.image, call.text, routed.context.step, routed.config.reuse.max_age)
         image, text = self._run(module, call, call.arguments, 1.0, None)
-        images, texts = routed.context.memo.setdefault("segments", (Segments(), Segments()))
-        images.follow(call.image, image)
-        if call.text is not None and text is not None:  # a block that is the text's last gives none back
-            texts.follow(call.text, text)
+        passage = routed.context.memo.setdefault("passage", Passage())
+        if self.kind.joined:
+            passage.follow_joined(call.stream, call.returned, call.text_tokens)
+        else:
+            passage.follow(call.image, image, call.text, text)
         if last:
-            entry.refresh(images.finish(), routed.context.step, texts.finish())
+            images, texts = passage.finish()
+            entry.refresh(images, routed.context.step, texts)
         return image, text
 
     def _run_as(
@@ -307,11 +249,14 @@ class BlockHook(ModelHook):
         if decision.tokens < x.shape[1]:  # a permuted k = N is not bit-identical, so nothing is gathered there
             assert selection.scores is not None
             indices = top_k_indices(selection.scores, decision.tokens)
-        if entry is None:
-            image, text = self._run(module, call, call.on_tokens(x, indices), decision.width, selection.masks)
-            return (image if indices is None else write_back(x, indices, image)), text, indices
-        with self.routed.remembering(self.block, self._context_layers(module), entry, indices):
-            image, text = self._run(module, call, call.on_tokens(x, indices), decision.width, selection.masks)
+        layers = {} if entry is None else self._context_layers(module)
+        arguments = call.on_tokens(x, indices, entry is not None and entry.completes(layers))
+        with turned(module, call, indices) as unturned:
+            if entry is None:
+                image, text = self._run(module, call, arguments | unturned, decision.width, selection.masks)
+                return (image if indices is None else write_back(x, indices, image)), text, indices
+            with self.routed.remembering(self.block, layers, entry, indices):
+                image, text = self._run(module, call, arguments | unturned, decision.width, selection.masks)
         assert self.routed.config.reuse is not None
         reuse = self.routed.config.reuse
         step = self.routed.context.step
@@ -328,7 +273,9 @@ class BlockHook(ModelHook):
         forward, gates = self.fn_ref.original_forward, self.routed.gates
         if width == 1.0 or gates is None or gates.narrow is None:
             return call.split(forward(**arguments))
-        return call.split(call_narrow(module, gates.narrow.replacements(self.block, width), forward, **arguments))
+        replacements = gates.narrow.replacements(self.block, width)
+        with resized(module, gates.narrow.sizes(self.block, width) if replacements else {}):
+            return call.split(call_narrow(module, replacements, forward, **arguments))
 
     def _train(self, module: nn.Module, call: BlockCall) -> Any:
         """The same selection and the same run, with the sessions' gradients around them."""
@@ -346,7 +293,7 @@ class BlockHook(ModelHook):
             # A sample that skips the block says nothing about its tokens.
             kept = self._mask_of(scores, counts, tokens)
             entered = self._where_run(runs, session.enter(self.block, x, kept), x)
-        inner = BlockCall(self.kind, (), call.arguments | {self.kind.image_argument: entered})
+        inner = call.with_image(entered)
         decisions = tuple(
             Decision("run", k) if run else Decision("skip", 0)
             for run, k in zip(runs, counts * (batch // len(counts)), strict=True)

@@ -6,7 +6,7 @@ shape changes, or when memory runs out. Shapes: B samples, N image tokens, M tex
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -118,6 +118,10 @@ class BlockResiduals:
         expired = scores >= _EXPIRED
         return centred_log_drift(scores, ~expired), expired
 
+    def completes(self, names: Iterable[str]) -> bool:
+        """Whether the projections of these names are known of tokens that do not run."""
+        return bool(self.projections) and all(name in self.projections for name in names)
+
     def complete_projection(self, name: str, indices: Tensor | None, output: Tensor) -> Tensor:
         """A key or value projection of all tokens, from that of the tokens that run and the last one of the others.
 
@@ -127,16 +131,17 @@ class BlockResiduals:
         Args:
             name: of the projection.
             indices: [B, k], the tokens that run; None for all.
-            output: [B, k, E], their projection.
+            output: [B, k, E], their projection; text tokens may come before them, [B, M + k, E].
 
         Returns:
-            [B, N, E], or `output` as it is where the others have never run.
+            [B, N, E] (or [B, M + N, E]), or `output` as it is where the others have never run.
         """
         if indices is None:
-            self.projections[name] = output
+            self.projections[name] = output[:, -self.image.last.shape[1] :].contiguous()
         elif name in self.projections:
-            write_rows(self.projections[name], indices, output)
-            return self.projections[name]
+            text, own = _text_and_image(output, indices.shape[1])
+            write_rows(self.projections[name], indices, own)
+            return self.projections[name] if text is None else torch.cat([text, self.projections[name]], dim=1)
         return output
 
     def update(self, x: Tensor, indices: Tensor | None, out: Tensor, step: int, max_age: int) -> Tensor:
@@ -205,11 +210,21 @@ class CachedPass(BlockResiduals):
 
     def complete_projection(self, name: str, indices: Tensor | None, output: Tensor) -> Tensor:
         """As `BlockResiduals.complete_projection`, but never in place: gradient checkpointing runs the block a second time."""
-        return output if indices is None else write_back(self.projections[name].to(output.dtype), indices, output)
+        if indices is None:
+            return output
+        text, own = _text_and_image(output, indices.shape[1])
+        completed = write_back(self.projections[name].to(output.dtype), indices, own)
+        return completed if text is None else torch.cat([text, completed], dim=1)
 
     def update(self, x: Tensor, indices: Tensor | None, out: Tensor, step: int, max_age: int) -> Tensor:
         """The block's output [B, N, D] completed by the residuals, as `BlockResiduals.update` does, with gradients."""
         return out if indices is None else write_back(x + self.residual.to(x.dtype), indices, out)
+
+
+def _text_and_image(output: Tensor, tokens: int) -> tuple[Tensor | None, Tensor]:
+    """A projection [B, M + tokens, E] of text tokens followed by image tokens, as (text or None, image)."""
+    leading = output.shape[1] - tokens
+    return (output[:, :leading], output[:, leading:]) if leading else (None, output)
 
 
 def centred_log_drift(drift: Tensor, known: Tensor | None = None) -> Tensor:

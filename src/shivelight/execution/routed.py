@@ -142,7 +142,9 @@ class Routed(nn.Module):
     def begin(self, timestep: Tensor | None) -> None:
         """A forward pass of the backbone begins."""
         generation = self.context.generation
-        context = self.clock.tick(timestep)
+        sampled = None if timestep is None else self.spec.sample_times(timestep)
+        context = self.clock.tick(sampled)
+        context.given_timestep = timestep
         if context.generation != generation:
             self._forget()
         if context.generation != generation or context.steps is None:

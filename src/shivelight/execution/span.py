@@ -42,3 +42,30 @@ class Segments:
 def _version(tensor: Tensor) -> int | None:
     """Counts changes in place, which inference mode does not."""
     return None if tensor.is_inference() else tensor._version
+
+
+class Passage:
+    """What all blocks of one pass add to both streams of tokens [B, N, D] and [B, M, D], joined in some blocks or not."""
+
+    def __init__(self) -> None:
+        self._images, self._texts, self._joined = Segments(), Segments(), Segments()
+        self._text_tokens = 0
+
+    def follow(self, x: Tensor, out: Tensor, text: Tensor | None, text_out: Tensor | None) -> None:
+        """A block has made `out` of x and `text_out` of `text`; None where it has no text, or gives none back."""
+        self._images.follow(x, out)
+        if text is not None and text_out is not None:
+            self._texts.follow(text, text_out)
+
+    def follow_joined(self, stream: Tensor, out: Tensor, text_tokens: int) -> None:
+        """A block has made out [B, M + N, D] of a stream whose first M tokens are text."""
+        self._joined.follow(stream, out)
+        self._text_tokens = text_tokens
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+        """The sums of the residuals of (image, text); None where no block has changed a stream."""
+        image, text, joined = self._images.finish(), self._texts.finish(), self._joined.finish()
+        if joined is None:
+            return image, text
+        own_text, own_image = joined[:, : self._text_tokens], joined[:, self._text_tokens :]
+        return own_image if image is None else image + own_image, own_text if text is None else text + own_text

@@ -92,6 +92,7 @@ class NarrowMlps:
         self._mlps = {index: mlps[index] for index in self._blocks}
         self._channels = {index: self._mlps[index].channels(block) for index, block in self._blocks.items()}
         self._offsets = {index: self._mlps[index].offset(block) for index, block in self._blocks.items()}
+        self._before = {index: self._mlps[index].rows_before(block) for index, block in self._blocks.items()}
         self._orders = {index: order.detach().cpu() for index, order in (orders or {}).items()}
         self._orders_on: dict[tuple[int, torch.device], Tensor] = {}
         self._held: dict[int, _Held] = {}
@@ -137,6 +138,11 @@ class NarrowMlps:
         if count not in held.slices:
             held.slices[count] = self._slice(block, count, sources, held.whole)
         return dict(held.slices[count])
+
+    def sizes(self, block: int, share: float) -> dict[str, int]:
+        """Attributes, by name relative to the block, that say so while it runs with the `replacements` of this share."""
+        name = self._mlps[block].size
+        return {} if name is None else {name: self.count(block, share)}
 
     def forget(self, block: int | None = None) -> None:
         """Drop the copies of one block, or of all; they are gathered again when they are asked for."""
@@ -196,11 +202,12 @@ class NarrowMlps:
         if not sources:
             return {}
         device = next(iter(sources.values())).device
-        order, offset, halves = self._order_on(block, device), self._offsets[block], self._mlps[block].halves
+        order, offset = self._order_on(block, device), self._offsets[block]
+        before, halves = self._before[block], self._mlps[block].halves
         return {
             name: _columns(source, order, count, offset)
             if self._is_down(block, name)
-            else _rows(source, order, count, halves)
+            else _rows(source, order, count, halves, before)
             for name, source in sources.items()
         }
 
@@ -225,10 +232,10 @@ class NarrowMlps:
         return _Held(seen, whole)
 
     def _slice(self, block: int, count: int, sources: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
-        columns = self._offsets[block] + count
+        columns, rows = self._offsets[block] + count, self._before[block] + count
         with torch.inference_mode(False), torch.no_grad():
             sliced = {
-                name: part[:, :columns] if self._is_down(block, name) else part[:count] for name, part in whole.items()
+                name: part[:, :columns] if self._is_down(block, name) else part[:rows] for name, part in whole.items()
             }
             return sliced | self._gather(block, count, {name: s for name, s in sources.items() if name not in whole})
 
@@ -265,6 +272,20 @@ def call_narrow(
 
 
 @contextmanager
+def resized(block: nn.Module, sizes: Mapping[str, int]) -> Iterator[None]:
+    """Other values of a block's attributes (`NarrowMlps.sizes`) for a while."""
+    places = [(block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in sizes]
+    previous = [getattr(owner, name) for owner, name in places]
+    try:
+        for (owner, name), size in zip(places, sizes.values(), strict=True):
+            setattr(owner, name, size)
+        yield
+    finally:
+        for (owner, name), size in zip(places, previous, strict=True):
+            setattr(owner, name, size)
+
+
+@contextmanager
 def masked_channels(block: nn.Module, mlp: Mlp, mask: Tensor) -> Iterator[None]:
     """While the block runs, its MLP's hidden channels are multiplied by `mask` [B, H]: how widths are trained.
 
@@ -286,14 +307,13 @@ def masked_channels(block: nn.Module, mlp: Mlp, mask: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def _rows(tensor: Tensor, order: Tensor | None, count: int, halves: int) -> Tensor:
-    """[halves * H, ...] -> [halves * count, ...], each half narrowed alike."""
+def _rows(tensor: Tensor, order: Tensor | None, count: int, halves: int, before: int) -> Tensor:
+    """[before + halves * H, ...] -> [before + halves * count, ...], each half narrowed alike."""
     if order is None and halves == 1:
-        return tensor[:count]
-    stacked = tensor.unflatten(0, (halves, -1))
-    if order is None:
-        return stacked[:, :count].flatten(0, 1)
-    return stacked.index_select(1, order[:count]).flatten(0, 1)
+        return tensor[: before + count]
+    stacked = tensor[before:].unflatten(0, (halves, -1))
+    kept = stacked[:, :count] if order is None else stacked.index_select(1, order[:count])
+    return torch.cat([tensor[:before], kept.flatten(0, 1)]) if before else kept.flatten(0, 1)
 
 
 def _columns(weight: Tensor, order: Tensor | None, count: int, offset: int) -> Tensor:

@@ -228,8 +228,10 @@ class PassRecord:
     def __call__(
         self, block: int, x: Tensor, out: Tensor, kept: Tensor | None, text: tuple[Tensor, Tensor] | None
     ) -> None:
-        """Keep a block's residuals, as an `Observer`."""
+        """Keep a block's residuals, as an `Observer`, and of its projections those of image tokens, which come last."""
         self.residuals[block] = out - x
+        own = self.projections[block]
+        self.projections[block] = {name: projection[:, -x.shape[1] :] for name, projection in own.items()}
         if text is not None:
             self.text_residuals[block] = text[1] - text[0]
 
