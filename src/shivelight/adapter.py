@@ -13,7 +13,7 @@ from torch import nn
 from shivelight.backbones import BackboneSpec, find_spec
 from shivelight.config import UNTRAINED, RoutingConfig
 from shivelight.errors import AdapterError, BudgetError, ShivelightError, UnsupportedBackboneError
-from shivelight.execution.context import GRID, Branch
+from shivelight.execution.context import GRID, Branch, is_set
 from shivelight.execution.folding import Delta
 from shivelight.execution.hook import ActivationHook, BlockHook, EmbeddingHook, RootHook
 from shivelight.execution.planning import Budget
@@ -210,7 +210,7 @@ def _timesteps(routed: Routed, steps: int | None) -> tuple[float, ...]:
         probe = type(scheduler).from_config(scheduler.config)
         probe.set_timesteps(steps)
         return tuple(float(t) for t in probe.timesteps.tolist())
-    if scheduler is not None and getattr(scheduler, "num_inference_steps", None) is not None:
+    if scheduler is not None and is_set(scheduler):
         begin = getattr(scheduler, "begin_index", None) or 0
         return tuple(float(t) for t in scheduler.timesteps[begin:].tolist())
     return GRID
@@ -306,8 +306,9 @@ def _backbone_of(model: Any) -> tuple[nn.Module, Any | None]:
         return _unwrapped(backbone), model
     if isinstance(model, nn.Module):
         return _unwrapped(model), None
-    if isinstance(getattr(model, "transformer", None), nn.Module) and hasattr(model, "scheduler"):
-        return _unwrapped(model.transformer), model  # somebody's own loop
+    for name in ("transformer", "model"):  # somebody's own loop, or hy3dgen's pipeline
+        if isinstance(getattr(model, name, None), nn.Module) and hasattr(model, "scheduler"):
+            return _unwrapped(getattr(model, name)), model
     raise UnsupportedBackboneError(
         f"Expected a diffusers pipeline or its transformer, got {type(model).__module__}.{type(model).__qualname__}. For a "
         "loop of your own, give an object with `transformer` and `scheduler` (docs/bring-your-own-dit.md)."

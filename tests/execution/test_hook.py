@@ -8,7 +8,7 @@ from tiny import rows, tiny_inputs
 from torch import Tensor
 
 import shivelight as sl
-from shivelight.backbones import sd3
+from shivelight.backbones import flux2, qwen_image, sd3
 from shivelight.execution.call import BlockCall
 
 Seen = list[tuple[int, Tensor, Tensor, Tensor | None]]
@@ -54,6 +54,39 @@ def test_a_block_call_is_read_by_name_however_it_is_passed() -> None:
     assert BlockCall(sd3.SPEC.blocks[0], (image,), {"encoder_hidden_states": None}).text is None
     assert call.split((None, image)) == (image, None) and call.join(image, None) == (None, image)
     assert call.split((text, image)) == (image, text) and call.join(image, text) == (text, image)
+
+
+def test_a_joined_stream_is_taken_apart_and_put_together_without_needless_copies() -> None:
+    kind, stream = flux2.SPEC.blocks[1], torch.randn(2, 7, 3)
+    call = BlockCall(
+        kind, (), {"hidden_states": stream, "encoder_hidden_states": None, "temb_mod": None}, text_tokens=3
+    )
+    assert torch.equal(call.text, stream[:, :3]) and torch.equal(call.image, stream[:, 3:]) and call.text_tokens == 3
+    assert call.join(call.image, call.text) is stream and call.on_tokens(call.image, None)["hidden_states"] is stream
+    indices = torch.tensor([[2, 0], [1, 3]])
+    kept = call.on_tokens(call.image, indices)["hidden_states"]
+    assert torch.equal(kept[1], stream[1, [0, 1, 2, 4, 6]])
+    out = kept + 1
+    image, text = call.split(out)
+    assert torch.equal(image, out[:, 3:]) and torch.equal(text, out[:, :3]) and call.join(image, text) is out
+    assert torch.equal(call.join(image * 2, text), torch.cat([out[:, :3], out[:, 3:] * 2], dim=1))
+    other = call.of_samples(torch.tensor([1]), runs=False)
+    assert torch.equal(other.image, stream[1:, 3:]) and torch.equal(other.text, stream[1:, :3])
+
+
+def test_what_is_stacked_or_as_long_as_the_text_follows_samples_and_tokens() -> None:
+    kind = qwen_image.SPEC.blocks[0]
+    image, mask, temb = torch.randn(2, 6, 3), torch.tensor([[True, False], [True, True]]), torch.arange(8.0).view(4, 2)
+    index = torch.arange(12).view(2, 6)
+    call = BlockCall(kind, (image, torch.randn(2, 2, 3), mask, temb), {"modulate_index": index})
+    kept = call.on_tokens(image, torch.tensor([[5, 0], [1, 2]]), attends_all=True)
+    assert kept["modulate_index"].tolist() == [[5, 0], [7, 8]]
+    assert kept["encoder_hidden_states_mask"].tolist() == [[True, False, *[True] * 4], [True] * 6]
+    assert call.on_tokens(image, torch.tensor([[5], [1]]))["encoder_hidden_states_mask"] is mask
+    second = call.of_samples(torch.tensor([1]), runs=True).arguments
+    assert second["temb"].tolist() == [[2.0, 3.0], [6.0, 7.0]] and second["modulate_index"].tolist() == [
+        list(range(6, 12))
+    ]
 
 
 def test_kept_tokens_run_through_the_blocks_own_forward_and_rejected_ones_pass(pipe: StableDiffusion3Pipeline) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 import shivelight as sl
 from shivelight.adapter import routed_of
 from shivelight.execution.reuse import BlockResiduals
-from shivelight.execution.span import Segments
+from shivelight.execution.span import Passage, Segments
 
 
 @settings(deadline=None, max_examples=40)
@@ -31,6 +31,34 @@ def test_segments_are_the_sum_over_blocks(seed: int, joins: list[str]) -> None:
             wanted = wanted + extra
     torch.testing.assert_close(segments.finish(), wanted)
     assert Segments().finish() is None
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 1000), st.integers(0, 3), st.integers(0, 3), st.booleans())
+def test_a_passage_adds_up_both_streams_however_they_are_kept(seed: int, apart: int, joined: int, ends: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(tokens: int) -> Tensor:
+        return torch.randn(2, tokens, 3, generator=generator, dtype=torch.float64)
+
+    passage, image, text = Passage(), drawn(5), drawn(2)
+    begun = image, text
+    for block in range(apart):
+        last = ends and not joined and block == apart - 1  # gives no text back
+        out, text_out = image + drawn(5), None if last else text + drawn(2)
+        passage.follow(image, out, text, text_out)
+        image, text = out, text if last else text_out
+    stream = torch.cat([text, image], dim=1)
+    for _ in range(joined):
+        out = stream + drawn(7)
+        passage.follow_joined(stream, out, 2)
+        stream = out
+    images, texts = passage.finish()
+    if apart or joined:
+        torch.testing.assert_close(images, stream[:, 2:] - begun[0])
+    if texts is not None:
+        torch.testing.assert_close(texts, stream[:, :2] - begun[1])
+    assert (texts is None) == (joined == 0 and apart - ends <= 0) and (images is None) == (apart + joined == 0)
 
 
 def test_what_flows_straight_on_is_never_touched(monkeypatch: pytest.MonkeyPatch) -> None:

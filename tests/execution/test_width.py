@@ -11,20 +11,22 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention import FeedForward, JointTransformerBlock, LuminaFeedForward
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
+from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import shivelight as sl
-from shivelight.backbones import sd3
+from shivelight.backbones import flux2, sd3
 from shivelight.backbones.spec import Mlp
 from shivelight.execution.folding import Delta, FoldedWeights
-from shivelight.execution.width import NarrowMlps, call_narrow
+from shivelight.execution.width import NarrowMlps, call_narrow, resized
 
 PLAIN = Mlp(up=("net.0.proj",), down="net.2")
 GATED = Mlp(up=("net.0.proj",), down="net.2", halves=2)
 SEPARATE = Mlp(up=("linear_1", "linear_3"), down="linear_2")
 FUSED = Mlp(up=("proj_mlp",), down="proj_out")
+PARALLEL = flux2.SPEC.blocks[1].mlp
 SHARES = (0.25, 0.5, 0.75)
 D, H = 16, 40
 
@@ -58,6 +60,8 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> Case:
         case = Case(block, SEPARATE, (x,))
     elif name == "joint":
         case = Case(JointTransformerBlock(D, 2, 8), sd3.SPEC.blocks[0].mlp, (x, text, time), 4 * D)
+    elif name == "parallel":  # queries, keys and values are rows of the same projection
+        case = Case(Flux2SingleTransformerBlock(D, 2, 8, mlp_ratio=H / D), PARALLEL, (x, text, torch.randn(2, 3 * D)))
     else:
         case = Case(FluxSingleTransformerBlock(D, 2, 8, mlp_ratio=H / D), FUSED, (x, text, time))
     case.block.to(dtype).requires_grad_(False).eval()
@@ -65,7 +69,7 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> Case:
     return case
 
 
-CASES = ("gelu", "geglu", "swiglu", "separate", "joint", "fused")
+CASES = ("gelu", "geglu", "swiglu", "separate", "joint", "fused", "parallel")
 
 
 def flat(output: Any) -> Tensor:
@@ -87,7 +91,9 @@ def masked(case: Case, kept: Tensor) -> Tensor:
 
 
 def narrowed(case: Case, narrow: NarrowMlps, share: float) -> Tensor:
-    return flat(call_narrow(case.block, narrow.replacements(3, share), case.block.forward, *case.inputs))
+    replacements = narrow.replacements(3, share)
+    with resized(case.block, narrow.sizes(3, share)):
+        return flat(call_narrow(case.block, replacements, case.block.forward, *case.inputs))
 
 
 def kept_of(case: Case, order: dict[int, Tensor] | None, share: float) -> Tensor:
@@ -103,13 +109,14 @@ def test_a_narrow_block_is_the_full_block_without_the_other_channels(name: str, 
     order = case.order() if ranked else None
     narrow = case.narrow(order)
     full = flat(case.block(*case.inputs))
+    before_them = case.mlp.rows_before(case.block)
     for share in (*SHARES, 0.25):  # and in any order of asking
         expected = masked(case, kept_of(case, order, share))
         torch.testing.assert_close(narrowed(case, narrow, share), expected, rtol=0, atol=1e-12)
         assert (expected - full).abs().max() > 1e-3
         weights = narrow.replacements(3, share)
         rows = {weights[f"{up}.weight"].shape[0] for up in case.mlp.up}
-        assert rows == {case.mlp.halves * round(share * case.hidden)}  # true slices, no masks
+        assert rows == {before_them + case.mlp.halves * round(share * case.hidden)}  # true slices, no masks
     after = case.block.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
     assert all(type(p) is nn.Parameter for p in case.block.parameters())

@@ -54,6 +54,14 @@ class StepContext:
     memo: dict[Hashable, Any] = field(default_factory=dict)
 
 
+def is_set(scheduler: Any) -> bool:
+    """Whether a scheduler holds the timesteps of a generation, rather than those it was made with."""
+    if hasattr(scheduler, "num_inference_steps"):
+        return scheduler.num_inference_steps is not None
+    # hy3dgen's does not note how many it was given; all that it trains on are those it was made with.
+    return len(scheduler.timesteps) != getattr(scheduler.config, "num_train_timesteps", None)
+
+
 class Clock:
     """Turns calls of the backbone into `StepContext`s.
 
@@ -125,7 +133,7 @@ class Clock:
     def _running_scheduler(self, timestep: Tensor | None) -> tuple[Any, int, int] | None:
         """(scheduler, index of this call in its timesteps, index of the generation's first call), inside a generation."""
         scheduler = getattr(self.pipeline, "scheduler", None)
-        if scheduler is None or getattr(scheduler, "num_inference_steps", None) is None:
+        if scheduler is None or not is_set(scheduler):
             return None
         if scheduler.timesteps is self._finished:
             return None
