@@ -15,7 +15,7 @@ from shivelight.evaluation.results import read_results
 
 # Billions of parameters, as the models' own pages and papers round them.
 PARAMETERS = {
-    "sd35-medium": 2.24, "sd35-large": 8.06, "flux1-dev": 11.9, "qwen-image": 20.4, "pixart-sigma-1024": 0.61,
+    "sd35-medium": 2.24, "sd35-large": 8.06, "flux1-dev": 11.9, "flux2-dev": 32.0, "qwen-image": 20.4, "pixart-sigma-1024": 0.61,
     "wan21-1.3b": 1.42, "sana-1600m-1024": 1.6,
 }  # fmt: skip
 
