@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,52 +19,12 @@ from shivelight.execution.gate_plan import GatePlan
 from shivelight.execution.gates import Decision, Spending
 from shivelight.execution.planning import Budget, Planner, Request
 from shivelight.execution.reuse import BlockResiduals, ResidualCache
+from shivelight.execution.scoring import TokenScorer
+from shivelight.execution.sessions import GateSession, Observer, Session
 from shivelight.execution.stale import StaleGates, StalePlan
 from shivelight.routing import RatioPolicy, Schedule, TokenRouter
 
 NAME = "shivelight"
-_FIRST = 1e4  # far above any router's score
-
-
-class Session(Protocol):
-    """What training (or a measurement) puts into the forward pass; see `training/estimators.py`."""
-
-    def decide(self, block: int, scores: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """Scores to rank by [B, N], and how many tokens each sample keeps."""
-
-    def drift(self, block: int) -> Tensor | None:
-        """`centred_log_drift` [B, N] of the residuals that rejected tokens add; None where they add none."""
-
-    def residuals(self, block: int, x: Tensor) -> BlockResiduals | None:
-        """What rejected tokens add to x [B, N, D], or None."""
-
-    def enter(self, block: int, x: Tensor, kept: Tensor) -> Tensor:
-        """The block's input [B, N, D], given the mask of kept tokens [B, N]."""
-
-    def leave(self, block: int, x: Tensor, out: Tensor, kept: Tensor) -> Tensor:
-        """The block's output [B, N, D], given its input."""
-
-
-class Observer(Protocol):
-    """Sees what every routed block does, without changing it."""
-
-    def __call__(
-        self, block: int, x: Tensor, out: Tensor, kept: Tensor | None, text: tuple[Tensor, Tensor] | None
-    ) -> None:
-        """Input and output [B, N, D] of a block; indices [B, k] of the tokens it ran, None for all (or several k); text tokens
-        [B, M, D] before and after, None where it returns none."""
-
-
-class GateSession(Protocol):
-    """What training puts into the forward pass of block routing; see `training/session.py`."""
-
-    def choose(self, block: int, logits: Tensor) -> tuple[tuple[bool, ...], Tensor | None]:
-        """From gate and width logits [B, 1 + S]: whether each sample runs, and a mask [B, H] of the MLP's channels."""
-
-    def leave(
-        self, block: int, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Both streams that leave the block, given those that entered it and those that came out."""
 
 
 class Routed(nn.Module):
@@ -126,7 +86,7 @@ class Routed(nn.Module):
         self.observer: Observer | None = None
         self.handles: list[Any] = []
         self.reset_function: Callable[[], None] | None = None
-        self._random: dict[tuple[int, int, int], Tensor] = {}
+        self._scorer = TokenScorer()
 
     def __deepcopy__(self, memo: dict) -> NoReturn:
         raise ShivelightError(
@@ -397,7 +357,7 @@ class Routed(nn.Module):
                 "The block routers are offloaded layer by layer (sequential offload), where their weights cannot be read. Use "
                 "enable_model_cpu_offload, or load the adapter after offloading."
             )
-        time, condition = self._embeddings(len(x), slice(first, None))
+        time, condition = self.embeddings(len(x), slice(first, None))
         logits = self.gates.router(block, x, time, condition, None if text is None else text[first:])
         return torch.cat([logits.gate[:, None], logits.width], dim=1)
 
@@ -444,38 +404,9 @@ class Routed(nn.Module):
 
     def scores(self, block: int, x: Tensor, samples: slice = slice(None)) -> Tensor:
         """Token scores [B, N] in fp32 of the chosen samples; x [B, N, D] holds only those."""
-        tokens = self.config.tokens
-        assert tokens is not None
-        if tokens.scores == "norm":
-            return torch.linalg.vector_norm(x.float(), dim=-1)
-        if tokens.scores == "random":
-            return self._random_scores(block, x)
-        context = self.context
-        if tokens.scores == "drift":
-            assert self.config.reuse is not None
-            drift = self.residuals.scores((context.call, block), x, samples, context.step, self.config.reuse.max_age)
-            # Without a residual to go by (memory ran out), the features are all there is.
-            return torch.linalg.vector_norm(x.float(), dim=-1) if drift is None else drift
-        assert self.router is not None
-        time, condition = self._embeddings(x.shape[0], samples)
-        # Gradients need the whole graph in every block.
-        shared = {} if torch.is_grad_enabled() else context.memo.setdefault(("contexts", len(x), samples.start), {})
-        if not tokens.sees_drift:
-            return self.router(block, x, time, condition, contexts=shared)
-        if self.session is not None:
-            return self.router(block, x, time, condition, self.session.drift(block), shared)
-        known = None
-        if self.config.reuse is not None and self.reuses:
-            place, reuse = (context.call, block), self.config.reuse
-            known = self.residuals.log_drift(place, x, samples, context.step, reuse.max_age)
-        if known is None:
-            return self.router(block, x, time, condition, contexts=shared)
-        drift, expired = known
-        scores = self.router(block, x, time, condition, drift, shared)
-        # What may not be reused any more is computed anew first, in the router's own order.
-        return torch.where(expired, scores + _FIRST, scores)
+        return self._scorer(self, block, x, samples)
 
-    def _embeddings(self, rows: int, samples: slice) -> tuple[Tensor, Tensor | None]:
+    def embeddings(self, rows: int, samples: slice) -> tuple[Tensor, Tensor | None]:
         """Timestep [rows, T] and condition [rows, C] embeddings of the chosen samples of the pass."""
         context, key = self.context, ("embeddings", rows, samples.start, samples.stop)
         if key in context.memo:
@@ -496,12 +427,3 @@ class Routed(nn.Module):
 
     def _new_residuals(self) -> ResidualCache:
         return ResidualCache(0.0 if self.config.reuse is None else self.config.reuse.max_cache_mb)
-
-    def _random_scores(self, block: int, x: Tensor) -> Tensor:
-        """The same random ranking for every sample, drawn from (seed, step, block), so that batching changes nothing."""
-        key = (block, self.context.step, x.shape[1])
-        if key not in self._random:
-            seed = self.config.tokens.seed if self.config.tokens else 0
-            generator = torch.Generator().manual_seed(hash((seed, *key)) % 2**31)
-            self._random[key] = torch.rand(x.shape[1], generator=generator)
-        return self._random[key].to(x.device).expand(x.shape[0], -1)

@@ -1,0 +1,71 @@
+"""Scores of tokens: how much each needs to run in a block, by whatever ranks them. Shapes: B samples, N tokens, D width."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from shivelight.execution.routed import Routed
+
+_FIRST = 1e4  # far above any router's score
+
+
+class TokenScorer:
+    """Ranks tokens as `TokenRouting.scores` says."""
+
+    def __init__(self) -> None:
+        self._drawn: dict[tuple[int, int, int], Tensor] = {}
+
+    def __call__(self, routed: Routed, block: int, x: Tensor, samples: slice) -> Tensor:
+        """Scores [B, N] in fp32.
+
+        Args:
+            routed: the state of the backbone, in the middle of a pass.
+            block: its index.
+            x: [B, N, D], the tokens of the chosen samples alone.
+            samples: of the batch.
+        """
+        tokens = routed.config.tokens
+        assert tokens is not None
+        if tokens.scores == "norm":
+            return torch.linalg.vector_norm(x.float(), dim=-1)
+        if tokens.scores == "random":
+            return self._random(routed, block, x)
+        context = routed.context
+        if tokens.scores == "drift":
+            assert routed.config.reuse is not None
+            drift = routed.residuals.scores(
+                (context.call, block), x, samples, context.step, routed.config.reuse.max_age
+            )
+            # Without a residual to go by (memory ran out), the features are all there is.
+            return torch.linalg.vector_norm(x.float(), dim=-1) if drift is None else drift
+        assert routed.router is not None
+        time, condition = routed.embeddings(x.shape[0], samples)
+        # Gradients need the whole graph in every block.
+        shared = {} if torch.is_grad_enabled() else context.memo.setdefault(("contexts", len(x), samples.start), {})
+        if not tokens.sees_drift:
+            return routed.router(block, x, time, condition, contexts=shared)
+        if routed.session is not None:
+            return routed.router(block, x, time, condition, routed.session.drift(block), shared)
+        known = None
+        if routed.config.reuse is not None and routed.reuses:
+            place, reuse = (context.call, block), routed.config.reuse
+            known = routed.residuals.log_drift(place, x, samples, context.step, reuse.max_age)
+        if known is None:
+            return routed.router(block, x, time, condition, contexts=shared)
+        drift, expired = known
+        scores = routed.router(block, x, time, condition, drift, shared)
+        # What may not be reused any more is computed anew first, in the router's own order.
+        return torch.where(expired, scores + _FIRST, scores)
+
+    def _random(self, routed: Routed, block: int, x: Tensor) -> Tensor:
+        """The same random ranking for every sample, drawn from (seed, step, block), so that batching changes nothing."""
+        key = (block, routed.context.step, x.shape[1])
+        if key not in self._drawn:
+            seed = routed.config.tokens.seed if routed.config.tokens else 0
+            generator = torch.Generator().manual_seed(hash((seed, *key)) % 2**31)
+            self._drawn[key] = torch.rand(x.shape[1], generator=generator)
+        return self._drawn[key].to(x.device).expand(x.shape[0], -1)
