@@ -14,7 +14,8 @@ from PIL import Image
 
 import shivelight as sl
 from shivelight.config import DeltaConfig, RoutingConfig
-from shivelight.training.data import LatentCache, build_cache, read_folder
+from shivelight.training.cache import LatentCache
+from shivelight.training.data import build_cache, read_folder
 from shivelight.training.stages import TrainingConfig
 from shivelight.training.trainer import Trainer
 

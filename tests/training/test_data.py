@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from shivelight.errors import DataError
-from shivelight.training.data import LatentCache, build_cache, load_image, read_folder
+from shivelight.training.cache import LatentCache
+from shivelight.training.data import build_cache, load_image, read_folder
 
 
 def test_captions_come_from_text_files_or_from_metadata(images: Path) -> None:
@@ -65,8 +66,8 @@ def test_the_cache_holds_what_the_pipeline_computes_and_drops_captions(pipe, cac
             ["a b", ""], ["a b", ""], ["a b", ""], do_classifier_free_guidance=False, max_sequence_length=16
         )
     torch.testing.assert_close(batch.latents[:1], latents, atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(batch.embeddings, wanted, atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(batch.pooled, pooled, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(batch.conditions["encoder_hidden_states"], wanted, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(batch.conditions["pooled_projections"], pooled, atol=2e-3, rtol=2e-3)
 
 
 def other_encoder(pipe, name: str) -> None:  # noqa: ANN001

@@ -20,7 +20,7 @@ from shivelight.config import RoutingConfig, TokenRouting
 from shivelight.errors import TrainingError
 from shivelight.execution.routed import Routed
 from shivelight.routing import count_unit
-from shivelight.training.data import LatentCache
+from shivelight.training.cache import LatentCache
 from shivelight.training.estimate import estimate
 from shivelight.training.passes import Batch
 from shivelight.training.session import TeacherRecord, TokenSession
@@ -115,18 +115,18 @@ def test_a_checkpoint_of_other_settings_is_refused(make_trainer: MakeTrainer) ->
 def test_the_teacher_is_the_dense_model_while_deltas_live(pipe, cache: LatentCache, make_trainer: MakeTrainer) -> None:  # noqa: ANN001
     batch = cache.batch([0, 1], [False, False])
     sigmas = torch.tensor([0.5, 0.5])
-    same = Batch(batch, batch.latents, batch.latents, sigmas)  # half of each is the latents again
+    same = Batch(batch.latents, batch.latents, sigmas, batch.conditions)  # half of each is the latents again
     with torch.no_grad():
         wanted = pipe.transformer(
-            batch.latents, batch.embeddings, batch.pooled, 1000 * sigmas, return_dict=False
+            batch.latents, **batch.conditions, timestep=1000 * sigmas, return_dict=False
         )[0]  # fmt: skip
         trainer = make_trainer()
         for layer in trainer.deltas.layers.values():
             torch.nn.init.normal_(layer.lora_B["shivelight"].weight)
         with trainer.routed.switched(False), trainer.deltas.disabled():
-            assert torch.equal(trainer.passes.velocity(same), wanted)
+            assert torch.equal(trainer.passes.predict(same), wanted)
         with trainer.routed.switched(False):
-            assert not torch.equal(trainer.passes.velocity(same), wanted)
+            assert not torch.equal(trainer.passes.predict(same), wanted)
 
 
 def test_the_teacher_of_a_step_sees_no_deltas(make_trainer: MakeTrainer) -> None:
@@ -281,7 +281,7 @@ def test_every_estimator_and_budget_reaches_router_and_policy(
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     trainer = make_trainer(caption_drop=0.99)
-    trainer.cache.empty_pooled.fill_(float("nan"))
+    trainer.cache.empty["pooled_projections"].fill_(float("nan"))
     with pytest.raises(TrainingError, match="became nan at step 0.*lower learning rates"):
         trainer.run()
     assert not (tmp_path / "run/adapter").exists()

@@ -19,6 +19,7 @@ from rich.table import Table
 from shivelight.demo import pipeline as embedded
 from shivelight.errors import DataError, ShivelightError
 from shivelight.evaluation.results import write_results
+from shivelight.pipelines import accepted
 
 console = Console()
 
@@ -27,6 +28,11 @@ SeedOption = Annotated[int, typer.Option(help="Seed of everything that is drawn.
 DeviceOption = Annotated[str, typer.Option(help="Device to run on; cuda where there is one.")]
 PipelineOption = Annotated[
     str | None, typer.Option(help="Folder or hub id of a diffusers pipeline; the embedded one by default.")
+]
+SizeOption = Annotated[int | None, typer.Option(help="Side of the pictures in pixels; the pipeline's own by default.")]
+TextOption = Annotated[
+    int | None,
+    typer.Option("--max-sequence-length", help="Text tokens of a caption; the pipeline's default if left out."),
 ]
 AdapterOption = Annotated[str | None, typer.Option(help="Folder or hub id of an adapter; the embedded one by default.")]
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,11 +108,16 @@ def check_device(device: str) -> None:
         raise ShivelightError(f"The device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def call_options(pipe: Any, source: str | None) -> dict[str, Any]:
-    """Arguments that every call of this pipeline needs: short text for the embedded one and its kin."""
+def call_options(
+    pipe: Any, source: str | None, size: int | None = None, max_sequence_length: int | None = None
+) -> dict[str, Any]:
+    """Arguments that every call of this pipeline needs: what was asked for, and short text for the embedded one and its kin."""
     tokenizer = getattr(pipe, "tokenizer", None)
-    short = source is None or (tokenizer is not None and tokenizer.model_max_length == embedded.TEXT_TOKENS)
-    return {"max_sequence_length": embedded.TEXT_TOKENS} if short else {}
+    if max_sequence_length is None and (
+        source is None or getattr(tokenizer, "model_max_length", None) == embedded.TEXT_TOKENS
+    ):
+        max_sequence_length = embedded.TEXT_TOKENS
+    return accepted(pipe, height=size, width=size, max_sequence_length=max_sequence_length)
 
 
 @contextmanager

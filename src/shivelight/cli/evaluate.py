@@ -7,6 +7,7 @@ import torch
 import typer
 
 import shivelight as sl
+from shivelight.adapter import routed_of
 from shivelight.adapter_files import read_adapter, read_deltas
 from shivelight.cli import common
 from shivelight.demo import pipeline as embedded
@@ -24,6 +25,7 @@ from shivelight.evaluation.standard import (
     training_free_points,
     with_fewer_steps,
 )
+from shivelight.pipelines import native_side
 from shivelight.training.data import load_image, read_folder
 
 
@@ -72,6 +74,8 @@ def evaluate(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the pipeline.")
     ] = "float32",
+    size: common.SizeOption = None,
+    max_sequence_length: common.TextOption = None,
     seed: common.SeedOption = 0,
     device: common.DeviceOption = common.DEFAULT_DEVICE,
     json: common.JsonOption = None,
@@ -82,9 +86,9 @@ def evaluate(
     """
     pipe = common.open_pipeline(pipeline, device, getattr(torch, dtype))
     sl.load_adapter(pipe, adapter or embedded.ADAPTER)
-    setting = Setting(steps, guidance, seed, batch, common.call_options(pipe, pipeline))
+    setting = Setting(steps, guidance, seed, batch, common.call_options(pipe, pipeline, size, max_sequence_length))
     comparison = Comparison(pipe, setting)
-    captions, real = judged_on(images, count, pipe)
+    captions, real = judged_on(images, count, pipe, size)
     other = finetuned or (str(embedded.FINETUNED) if pipeline is None and embedded.FINETUNED.is_dir() else None)
     points = references(comparison, None if other is None else read_deltas(pipe, other))
     shipped = embedded.OTHERS if pipeline is None and adapter is None else ()
@@ -143,7 +147,7 @@ def budgeted_points(
     return points
 
 
-def judged_on(images: Path | None, count: int, pipe: Any) -> tuple[list[str], torch.Tensor]:
+def judged_on(images: Path | None, count: int, pipe: Any, size: int | None = None) -> tuple[list[str], torch.Tensor]:
     """(captions, real pictures [n, 3, H, W] in [0, 1]) of the embedded test set or of a folder."""
     if images is None:
         data = EmojiData()
@@ -152,15 +156,14 @@ def judged_on(images: Path | None, count: int, pipe: Any) -> tuple[list[str], to
     found = read_folder(images)[:count]
     if len(found) < 2:
         raise DataError(f"{images} has {len(found)} captioned images; KID and FD need two or more.")
-    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    side = size or native_side(pipe)
     return [i.caption for i in found], torch.stack([(load_image(i.path, side) + 1) / 2 for i in found])
 
 
 def describe(pipe: Any) -> dict[str, Any]:
-    """The backbone, as results.json has it."""
-    config = pipe.transformer.config
+    """The backbone, as results.json has it; after a picture was drawn."""
     return {
         "class": type(pipe.transformer).__name__,
         "parameters": sum(p.numel() for n, p in pipe.transformer.named_parameters() if not n.startswith("shivelight.")),
-        "tokens": (config.sample_size // config.patch_size) ** 2,
+        "tokens": routed_of(pipe).shape[0],
     }

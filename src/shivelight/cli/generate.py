@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from PIL import Image
 
@@ -15,6 +14,7 @@ from shivelight.demo import pipeline as embedded
 from shivelight.evaluation.results import new_results, new_row
 from shivelight.evaluation.standard import method_name
 from shivelight.files import replacing
+from shivelight.pipelines import draw
 
 
 def generate(
@@ -30,6 +30,8 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = embedded.STEPS,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = embedded.GUIDANCE,
     count: Annotated[int, typer.Option(min=1, help="Pictures, each from a seed of its own.")] = 4,
+    size: common.SizeOption = None,
+    max_sequence_length: common.TextOption = None,
     seed: common.SeedOption = 0,
     device: common.DeviceOption = common.DEFAULT_DEVICE,
     json: common.JsonOption = None,
@@ -45,21 +47,18 @@ def generate(
     sl.set_budget(pipe, keep=keep, compute=compute, threshold=threshold)
     asked = {"keep": keep, "compute": compute, "threshold": threshold}
     budget = {name: value for name, value in asked.items() if value is not None}
-    options = common.call_options(pipe, pipeline)
+    options = common.call_options(pipe, pipeline, size, max_sequence_length)
 
-    def draw() -> tuple[list[Image.Image], float]:
+    def drawn() -> tuple[list[Image.Image], float]:
         began = time.perf_counter()
-        seeds = [torch.Generator().manual_seed(seed + i) for i in range(count)]
-        images = pipe(
-            [prompt] * count, num_inference_steps=steps, guidance_scale=guidance, generator=seeds, **options
-        ).images
+        images = draw(pipe, [prompt] * count, range(seed, seed + count), steps, guidance, **options)
         return images, time.perf_counter() - began
 
     with common.progress_bar("drawing", 2) as advance:
         with sl.dense(pipe):
-            dense, dense_seconds = draw()
+            dense, dense_seconds = drawn()
         advance()
-        routed, routed_seconds = draw()
+        routed, routed_seconds = drawn()
         advance()
     width, height = dense[0].size
     sheet = Image.new("RGB", (width * count, height * 2))

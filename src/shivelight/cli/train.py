@@ -12,7 +12,9 @@ from shivelight.cli import common
 from shivelight.config import BlockRouting, DeltaConfig, Reuse, RoutingConfig, TokenRouting
 from shivelight.errors import DataError, TrainingError
 from shivelight.evaluation.results import new_results, new_row
+from shivelight.pipelines import call_default
 from shivelight.training.data import build_cache, read_folder
+from shivelight.training.denoisers import denoiser_for
 from shivelight.training.estimate import estimate
 from shivelight.training.stages import TrainingConfig
 from shivelight.training.trainer import Trainer
@@ -73,14 +75,14 @@ def train(
     lr_policy: Annotated[float, typer.Option(help="Peak learning rate of the policy.")] = _DEFAULT.lr_policy,
     lr_deltas: Annotated[float, typer.Option(help="Peak learning rate of the deltas.")] = _DEFAULT.lr_deltas,
     flow_weight: Annotated[
-        float, typer.Option(help="Weight of the flow-matching loss beside distillation.")
+        float, typer.Option(help="Weight of the loss to the data beside distillation: flow matching, or noise.")
     ] = _DEFAULT.flow_weight,
-    size: Annotated[
-        int | None, typer.Option(help="Side of the pictures in pixels; the pipeline's own by default.")
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Scale that a guidance-distilled model (FLUX.1-dev) is told; the pipeline's default."),
     ] = None,
-    max_sequence_length: Annotated[
-        int | None, typer.Option(help="T5 tokens; the pipeline's default if left out.")
-    ] = None,
+    size: common.SizeOption = None,
+    max_sequence_length: common.TextOption = None,
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], typer.Option(help="Autocast.")] = "bf16",
     checkpoint_every: Annotated[
         int, typer.Option(min=1, help="Steps between checkpoints.")
@@ -128,11 +130,13 @@ def train(
         project_dir=str(out) if log_with else None,
     )
     pipe = common.open_pipeline(pipeline, str(accelerator.device))
-    side = size or pipe.transformer.config.sample_size * pipe.vae_scale_factor
-    text = max_sequence_length or common.call_options(pipe, pipeline).get("max_sequence_length", 256)
+    denoiser = denoiser_for(pipe, guidance)
+    side = size or denoiser.side()
+    options = common.call_options(pipe, pipeline, side, max_sequence_length)
+    text = options.get("max_sequence_length", call_default(pipe, "max_sequence_length"))
     with accelerator.main_process_first(), common.progress_bar("encoding", len(found)) as advance:
-        latents = build_cache(pipe, found, cache or out / "cache", side, text, lambda done, total: advance())
-    trainer = Trainer(pipe, routing, config, latents, out, accelerator)
+        latents = build_cache(pipe, found, cache or out / "cache", side, text, lambda done, total: advance(), denoiser)
+    trainer = Trainer(pipe, routing, config, latents, out, accelerator, denoiser)
     if estimate_only:
         figures = estimate(trainer)
         trainer.close()

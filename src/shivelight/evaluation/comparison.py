@@ -27,6 +27,7 @@ from shivelight.evaluation.results import new_row
 from shivelight.execution.folding import Delta, FoldedWeights
 from shivelight.execution.planning import Budget
 from shivelight.execution.routed import Routed
+from shivelight.pipelines import draw
 
 Progress = Callable[[str], None]
 # For what does not depend on the caption.
@@ -218,11 +219,8 @@ class Comparison:
         """Pictures [n, 3, H, W] in [0, 1] of some captions, in the state that is in force."""
         setting = self.setting
         start = setting.seed if first_seed is None else first_seed
-        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(captions))]
-        images = self.pipe(
-            list(captions), num_inference_steps=steps, guidance_scale=setting.guidance, generator=seeds,
-            output_type="pt", **setting.options,
-        ).images  # fmt: skip
+        seeds = range(start, start + len(captions))
+        images = draw(self.pipe, captions, seeds, steps, setting.guidance, output_type="pt", **setting.options)
         return images.float().clamp(0, 1).cpu()
 
     def pictures(self, point: OperatingPoint, captions: Sequence[str], progress: Progress | None = None) -> Tensor:

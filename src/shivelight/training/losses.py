@@ -1,4 +1,4 @@
-"""What training minimises: the budget loss, feature distillation and flow matching; and how its draws are stratified.
+"""What training minimises: the budget loss, feature distillation and the loss to the data; and how its draws are stratified.
 
 Shapes: B samples, N tokens, D width; latents are [B, ...].
 """
@@ -100,16 +100,14 @@ def noisy_latents(clean: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
     return (1.0 - sigma) * clean + sigma * noise
 
 
-def flow_matching_loss(prediction: Tensor, clean: Tensor, noise: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean square of prediction - (noise - clean), the path's velocity, in fp32.
+def prediction_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean square of prediction - target over samples of equal weight, in fp32.
 
     Args:
         prediction: [B, ...], the model's output.
-        clean, noise: like `prediction`.
-        weights: [B], one weight per sample, or None.
+        target: like `prediction`: of flow matching noise - clean, the path's velocity.
     """
-    error = (prediction.float() - (noise.float() - clean.float())).square().flatten(1).mean(1)
-    return error.mean() if weights is None else (error * weights.float()).mean()
+    return (prediction.float() - target.float()).square().flatten(1).mean(1).mean()
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:

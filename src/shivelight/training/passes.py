@@ -1,6 +1,6 @@
 """Forward passes of one backbone in training: as teacher (routing and deltas off), as student, and as its own past.
 
-Shapes: B samples of a micro-batch, C x H x W latents, N image tokens, D width.
+Shapes: B samples of a micro-batch, latents [B, ...], N image tokens, D width.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from shivelight.execution.reuse import CachedPass
 from shivelight.execution.routed import Observer, Routed
+from shivelight.training.cache import LatentCache
 from shivelight.training.damage import OneClosed, log_damage
-from shivelight.training.data import LatentCache, Sample
 from shivelight.training.deltas import LiveDeltas
+from shivelight.training.denoisers import Conditions, Denoiser
 from shivelight.training.draws import Draw, Draws
-from shivelight.training.losses import noisy_latents
+from shivelight.training.losses import prediction_loss
 from shivelight.training.session import PassRecord
 
 
@@ -26,21 +27,16 @@ class Batch(NamedTuple):
     """A micro-batch: what goes into the backbone, and what it was made of.
 
     Attributes:
-        sample: prompt embeddings of B samples.
-        clean: [B, C, H, W], latents.
+        clean: [B, ...], latents.
         noise: like `clean`.
         sigmas: [B], noise levels.
+        conditions: by name, each [B, ...].
     """
 
-    sample: Sample
     clean: Tensor
     noise: Tensor
     sigmas: Tensor
-
-    @property
-    def noisy(self) -> Tensor:
-        """[B, C, H, W], the input at these noise levels."""
-        return noisy_latents(self.clean, self.noise, self.sigmas)
+    conditions: Conditions
 
 
 class Passes:
@@ -50,7 +46,8 @@ class Passes:
         backbone: with `routed` attached.
         routed: its routing.
         deltas: live ones, or None.
-        cache: latents and prompt embeddings.
+        denoiser: of the family.
+        cache: latents and conditions.
         draws: of the run.
         accelerator: device and precision.
     """
@@ -60,32 +57,41 @@ class Passes:
         backbone: Any,
         routed: Routed,
         deltas: LiveDeltas | None,
+        denoiser: Denoiser,
         cache: LatentCache,
         draws: Draws,
         accelerator: Accelerator,
     ) -> None:
         self.backbone, self.routed, self.deltas = backbone, routed, deltas
-        self.cache, self.draws, self.accelerator = cache, draws, accelerator
+        self.denoiser, self.cache, self.draws, self.accelerator = denoiser, cache, draws, accelerator
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the backbone's weights."""
+        found = getattr(self.backbone, "dtype", None)
+        return found if isinstance(found, torch.dtype) else next(self.backbone.parameters()).dtype
 
     def batch(self, draw: Draw) -> Batch:
         """The samples and the noise of a micro-batch."""
-        device = self.accelerator.device
+        device, dtype = self.accelerator.device, self.dtype
         sample = self.cache.batch(draw.indices, draw.dropped)
         clean = sample.latents.to(device)
         noise = torch.randn(clean.shape, generator=draw.generator).to(device)
-        return Batch(sample, clean, noise, torch.full((len(clean),), draw.sigma, device=device))
+        conditions = {
+            name: value.to(device, dtype if value.is_floating_point() else None)
+            for name, value in self.denoiser.collate(sample.conditions).items()
+        }
+        return Batch(clean, noise, torch.full((len(clean),), draw.sigma, device=device), conditions)
 
-    def velocity(self, batch: Batch) -> Tensor:
-        """The backbone's output [B, C, H, W], as it is set now."""
-        device, dtype = self.accelerator.device, self.backbone.dtype
+    def predict(self, batch: Batch) -> Tensor:
+        """The backbone's prediction, in the shape of the latents, as it is set now."""
+        noisy = self.denoiser.noisy(batch.clean, batch.noise, batch.sigmas).to(self.dtype)
         with self.accelerator.autocast():
-            return self.backbone(
-                hidden_states=batch.noisy.to(dtype),
-                timestep=1000 * batch.sigmas,
-                encoder_hidden_states=batch.sample.embeddings.to(device, dtype),
-                pooled_projections=batch.sample.pooled.to(device, dtype),
-                return_dict=False,
-            )[0]
+            return self.denoiser.predict(self.backbone, noisy, batch.sigmas, batch.conditions)
+
+    def data_loss(self, prediction: Tensor, batch: Batch) -> Tensor:
+        """Mean square of what a prediction misses of the data's own target, in fp32."""
+        return prediction_loss(prediction, self.denoiser.target(batch.clean, batch.noise, batch.sigmas))
 
     def without_deltas(self) -> AbstractContextManager[None]:
         """The backbone's own weights for a while."""
@@ -119,7 +125,7 @@ class Passes:
         """What it costs that this block alone adds old residuals, [B]; `wanted` is the output where it runs."""
         self.routed.gate_session = OneClosed(block, residuals)
         try:
-            return log_damage(wanted, self.velocity(batch))
+            return log_damage(wanted, self.predict(batch))
         finally:
             self.routed.gate_session = None
 
@@ -127,6 +133,6 @@ class Passes:
         self.routed.observer = observer
         try:
             with self.routed.switched(False):
-                return self.velocity(batch)
+                return self.predict(batch)
         finally:
             self.routed.observer = None

@@ -4,16 +4,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from shivelight.execution.planning import Budget
 from shivelight.execution.routed import Routed
 from shivelight.files import replacing
+from shivelight.pipelines import draw
 
 
 def save_grid(
-    pipe: Any, routed: Routed, deltas_off: Callable[[], Any], captions: Sequence[str], path: Path, keep: float
+    pipe: Any,
+    routed: Routed,
+    deltas_off: Callable[[], Any],
+    captions: Sequence[str],
+    path: Path,
+    keep: float,
+    **options: Any,
 ) -> None:
     """Dense pictures above routed ones, same captions and seeds, 20 steps.
 
@@ -24,14 +30,11 @@ def save_grid(
         captions: one column each.
         path: PNG to write.
         keep: budget of the routed row where tokens are routed; blocks run at their own threshold.
+        options: further arguments of the pipeline's call.
     """
-    options = {"num_inference_steps": 20, "output_type": "pil"}
-    if "max_sequence_length" in pipe.encode_prompt.__code__.co_varnames:
-        options["max_sequence_length"] = pipe.tokenizer.model_max_length
 
-    def images() -> list[Image.Image]:
-        seeds = [torch.Generator().manual_seed(i) for i in range(len(captions))]
-        return pipe(list(captions), generator=seeds, **options).images
+    def images() -> Sequence[Image.Image]:
+        return draw(pipe, captions, range(len(captions)), 20, **options)
 
     with routed.switched(False), deltas_off():
         rows = [images()]

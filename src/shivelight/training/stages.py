@@ -44,7 +44,7 @@ class TrainingConfig:
         rank_temperature, selection_temperature: (start, end) of the annealing, which begins after stage 1.
         output_weight: weight of the squared error to the teacher's output.
         feature_weight: weight of the normalised feature distillation.
-        flow_weight: weight of the flow-matching loss to the data.
+        flow_weight: weight of the loss to the data: flow matching, or the noise that such models predict.
         feature_every: every how many blocks features are compared.
         caption_drop: share of samples trained with the empty caption.
         max_grad_norm: gradients are clipped to this norm.

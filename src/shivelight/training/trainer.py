@@ -23,17 +23,14 @@ from shivelight.errors import TrainingError
 from shivelight.execution.reuse import CachedPass
 from shivelight.routing import Dial, solve_anchor
 from shivelight.training import checkpoints
+from shivelight.training.cache import LatentCache
 from shivelight.training.damage import GateReading, damage_loss
-from shivelight.training.data import LatentCache
 from shivelight.training.deltas import LiveDeltas
+from shivelight.training.denoisers import Denoiser, denoiser_for
 from shivelight.training.draws import Draw, Draws
 from shivelight.training.estimators import anneal
 from shivelight.training.gates import gate_loss, width_loss
-from shivelight.training.losses import (
-    BudgetLoss,
-    feature_distillation,
-    flow_matching_loss,
-)
+from shivelight.training.losses import BudgetLoss, feature_distillation
 from shivelight.training.passes import Batch, Passes
 from shivelight.training.ranking import rank_channels
 from shivelight.training.session import BlockSession, TeacherRecord, TokenSession
@@ -44,12 +41,13 @@ class Trainer:
     """Trains an adapter for a pipeline. Attaches to it; `run` leaves it attached with the trained adapter.
 
     Args:
-        pipe: a diffusers pipeline.
+        pipe: a diffusers pipeline, or any object with `transformer` and `scheduler`.
         routing: what to train. `tokens=None` with deltas is the dense fine-tuned baseline: the same losses, no routing.
         config: settings of the run.
-        cache: latents and prompt embeddings.
+        cache: latents and conditions.
         out: folder of checkpoints, log and the final adapter.
         accelerator: device, precision and processes; made here if None.
+        denoiser: how the family adds noise and calls its backbone; the registered one of its spec if None.
     """
 
     def __init__(
@@ -60,6 +58,7 @@ class Trainer:
         cache: LatentCache,
         out: Path,
         accelerator: Accelerator | None = None,
+        denoiser: Denoiser | None = None,
     ) -> None:
         if routing.tokens is not None and routing.tokens.scores != "learned":
             raise TrainingError(f"scores={routing.tokens.scores!r} have nothing to train; use scores='learned'.")
@@ -72,9 +71,17 @@ class Trainer:
             raise TrainingError("gate_signal='damage' says nothing about widths; give BlockRouting(widths=(1.0,)).")
         if routing.blocks is not None and not routing.blocks.learned:
             raise TrainingError(f"router={routing.blocks.router!r} has nothing to train; use router='lean'.")
+        if config.caption_drop and cache.empty is None:
+            raise TrainingError(
+                f"caption_drop is {config.caption_drop}, and the cache holds no empty caption to drop captions to: give "
+                "caption_drop=0, or write the cache with `empty`."
+            )
+        if config.preview_every and not (callable(pipe) and cache.captions):
+            raise TrainingError("Preview grids need a pipeline that can be called, and captions: give preview_every=0.")
         self.pipe, self.config, self.cache, self.out = pipe, config, cache, out
+        self.denoiser = denoiser or denoiser_for(pipe)
         self.accelerator = accelerator or Accelerator()
-        self.backbone: Any = backbone_of(pipe).to(self.accelerator.device).requires_grad_(False)
+        self.backbone: Any = backbone_of(pipe).to(self.accelerator.device).requires_grad_(False).eval()
         self.deltas: LiveDeltas | None = None
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
@@ -86,11 +93,11 @@ class Trainer:
         self.averages = {
             name: BudgetLoss(reduce=self.accelerator.reduce).to(self.accelerator.device) for name in averaged
         }
-        dynamic = getattr(pipe.scheduler.config, "use_dynamic_shifting", False)
-        shift = 1.0 if dynamic else float(getattr(pipe.scheduler.config, "shift", 1.0) or 1.0)
         processes = self.accelerator.num_processes, self.accelerator.process_index
-        self.draws = Draws(config, len(cache), shift, processes, self._shift_to_run)
-        self.passes = Passes(self.backbone, self.routed, self.deltas, cache, self.draws, self.accelerator)
+        self.draws = Draws(config, len(cache), self.denoiser.shift(cache.shape), processes, self._shift_to_run)
+        self.passes = Passes(
+            self.backbone, self.routed, self.deltas, self.denoiser, cache, self.draws, self.accelerator
+        )
         blocks = len(self.routed.planner.costs)
         chosen = {*range(config.feature_every - 1, blocks, config.feature_every), blocks - 1}
         self._features_at = tuple(sorted(chosen & set(self.routed.routed)))
@@ -225,8 +232,8 @@ class Trainer:
         session = self._token_session(stage, draw, teacher, cached)
         gating = self._block_session(draw, teacher, cached) if reading is None else None
         self.routed.session, self.routed.gate_session = session, gating
-        velocity = self.passes.velocity(batch)
-        losses["output"] = F.mse_loss(velocity.float(), wanted.float())
+        prediction = self.passes.predict(batch)
+        losses["output"] = F.mse_loss(prediction.float(), wanted.float())
         total = total + config.output_weight * losses["output"]
         features = session.features if gating is None and session is not None else getattr(gating, "features", {})
         if features and config.feature_weight:
@@ -234,8 +241,8 @@ class Trainer:
             losses["features"] = feature_distillation(student, [teacher.features[block] for block in self._features_at])
             total = total + config.feature_weight * losses["features"]
         if config.flow_weight:
-            losses["flow"] = flow_matching_loss(velocity, batch.clean, batch.noise)
-            total = total + config.flow_weight * losses["flow"]
+            losses[self.denoiser.loss] = data_loss = self.passes.data_loss(prediction, batch)
+            total = total + config.flow_weight * data_loss
         if session is not None:
             losses["keep"] = session.ratios.mean()
             if stage != "router" and config.budget == "loss" and self.routed.policy is not None:
@@ -339,7 +346,7 @@ class Trainer:
 
         def loss(batch: int) -> Tensor:
             drawn = self.passes.batch(self.draws.at(batch)[batch % self.config.groups])
-            return flow_matching_loss(self.passes.velocity(drawn), drawn.clean, drawn.noise)
+            return self.passes.data_loss(self.passes.predict(drawn), drawn)
 
         with self.routed.switched(False), self.passes.without_deltas():
             orders = rank_channels(
@@ -442,6 +449,7 @@ class Trainer:
             "routing": self.routed.config.to_dict(),
             "processes": self.accelerator.num_processes,
             "samples": len(self.cache),
+            **self.denoiser.identity(),
         }
 
     @torch.no_grad()
@@ -452,7 +460,8 @@ class Trainer:
         from shivelight.training.preview import save_grid
 
         self.routed.eval()
-        save_grid(self.pipe, self.routed, self.passes.without_deltas, self.cache.captions[:count], path, keep)
+        captions = self.cache.captions[:count]
+        save_grid(self.pipe, self.routed, self.passes.without_deltas, captions, path, keep, **self.cache.options)
 
     def close(self) -> None:
         """Leave the pipeline as it was before the trainer came."""
