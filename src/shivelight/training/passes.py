@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from shivelight.execution.reuse import CachedPass
-from shivelight.execution.routed import Observer, Routed
+from shivelight.execution.routed import Routed
+from shivelight.execution.sessions import Observer
 from shivelight.training.cache import LatentCache
 from shivelight.training.damage import OneClosed, log_damage
 from shivelight.training.deltas import LiveDeltas
