@@ -1,6 +1,21 @@
 """DiT, class-conditional: diffusers' DiTTransformer2DModel."""
 
-from shivelight.backbones.spec import BackboneSpec, BlockSpec, Mlp, Streams
+from typing import Any
+
+import torch
+
+from shivelight.backbones.spec import BackboneSpec, BlockSpec, Mlp, Streams, near_square
+
+
+def _example(model: Any, samples: int, tokens: int, text_tokens: int) -> dict[str, Any]:
+    config, (rows, columns) = model.config, near_square(tokens)
+    return {
+        "hidden_states": torch.randn(
+            samples, config.in_channels, rows * config.patch_size, columns * config.patch_size
+        ),
+        "class_labels": torch.randint(0, config.num_embeds_ada_norm, (samples,)),
+    }
+
 
 SPEC = BackboneSpec(
     name="dit",
@@ -36,4 +51,5 @@ SPEC = BackboneSpec(
     delta_targets=r"transformer_blocks\.\d+\.(attn1\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))",
     widths=lambda model: (model.inner_dim, model.inner_dim, None),
     default_shape=lambda model: ((model.config.sample_size // model.config.patch_size) ** 2, 0),
+    example=_example,
 )

@@ -3,9 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from shivelight.backbones.spec import Angles, BackboneSpec, BlockSpec, Mlp, Rotary, Streams
+from shivelight.backbones.spec import Angles, BackboneSpec, BlockSpec, Mlp, Rotary, Streams, near_square
 
 
 def interleaved_angles(table: tuple[Tensor, Tensor], text_tokens: int) -> tuple[Angles, Angles]:
@@ -54,6 +55,27 @@ _SINGLE = replace(
     mlp=Mlp(up=("proj_mlp",), down="proj_out"),
 )
 
+
+def places(tokens: int, axes: int) -> Tensor:
+    """Ids [N, axes] of image tokens: rows and columns are the second and the third, as FLUX.2's are too."""
+    ids = torch.zeros(*near_square(tokens), axes)
+    ids[..., 1] = torch.arange(ids.shape[0])[:, None]
+    ids[..., 2] = torch.arange(ids.shape[1])
+    return ids.flatten(0, 1)
+
+
+def _example(model: Any, samples: int, tokens: int, text_tokens: int) -> dict[str, Any]:
+    config = model.config
+    return {
+        "hidden_states": torch.randn(samples, tokens, config.in_channels),
+        "encoder_hidden_states": torch.randn(samples, text_tokens, config.joint_attention_dim),
+        "pooled_projections": torch.randn(samples, config.pooled_projection_dim),
+        "img_ids": places(tokens, 3),
+        "txt_ids": torch.zeros(text_tokens, 3),
+        "guidance": torch.full((samples,), 3.5) if config.guidance_embeds else None,
+    }
+
+
 SPEC = BackboneSpec(
     name="flux",
     classes=("FluxTransformer2DModel",),
@@ -83,5 +105,6 @@ SPEC = BackboneSpec(
     widths=lambda model: (model.inner_dim, model.inner_dim, None),
     # 1024 x 1024 pixels at 16 a token, and T5's 512 tokens.
     default_shape=lambda model: (64 * 64, 512),
+    example=_example,
     guidance="separate",
 )

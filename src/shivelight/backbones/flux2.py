@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from shivelight.backbones.flux import interleaved_angles
+import torch
+
+from shivelight.backbones.flux import interleaved_angles, places
 from shivelight.backbones.spec import BackboneSpec, BlockSpec, Mlp, Rotary, Streams
 
 _DOUBLE = BlockSpec(
@@ -64,6 +66,17 @@ def _call_obstacle(arguments: dict[str, Any]) -> str:
     return ""
 
 
+def _example(model: Any, samples: int, tokens: int, text_tokens: int) -> dict[str, Any]:
+    config = model.config
+    return {
+        "hidden_states": torch.randn(samples, tokens, config.in_channels),
+        "encoder_hidden_states": torch.randn(samples, text_tokens, config.joint_attention_dim),
+        "img_ids": places(tokens, 4),
+        "txt_ids": torch.zeros(text_tokens, 4),
+        "guidance": torch.full((samples,), 4.0) if config.guidance_embeds else None,
+    }
+
+
 SPEC = BackboneSpec(
     name="flux2",
     classes=("Flux2Transformer2DModel",),
@@ -93,6 +106,7 @@ SPEC = BackboneSpec(
     widths=lambda model: (model.inner_dim, model.inner_dim, None),
     # 1024 x 1024 pixels at 16 a token, and 512 of the text.
     default_shape=lambda model: (64 * 64, 512),
+    example=_example,
     guidance="separate",
     text_length=lambda arguments: arguments["encoder_hidden_states"].shape[1],
     call_obstacle=_call_obstacle,

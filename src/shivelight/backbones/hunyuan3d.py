@@ -1,5 +1,9 @@
 """Hunyuan3D-2.0: hy3dgen's Hunyuan3DDiT. An unordered set of latents, double blocks, then single ones over both streams, joined."""
 
+from typing import Any
+
+import torch
+
 from shivelight.backbones.spec import BackboneSpec, BlockSpec, Mlp, Streams
 
 _DOUBLE = BlockSpec(
@@ -29,6 +33,12 @@ _SINGLE = BlockSpec(
     mlp=Mlp(up=("linear1",), down="linear2", fused=3, size="mlp_hidden_dim"),
 )
 
+
+def _example(model: Any, samples: int, tokens: int, text_tokens: int) -> dict[str, Any]:
+    condition = torch.randn(samples, text_tokens, model.context_in_dim)
+    return {"x": torch.randn(samples, tokens, model.in_channels), "contexts": {"main": condition}}
+
+
 SPEC = BackboneSpec(
     name="hunyuan3d",
     classes=("Hunyuan3DDiT",),
@@ -44,5 +54,6 @@ SPEC = BackboneSpec(
     widths=lambda model: (model.hidden_size, model.hidden_size, None),
     # 3072 latents, and DINOv2's 1370 tokens of a picture of 518 x 518 pixels.
     default_shape=lambda model: (3072, 1370),
+    example=_example,
     text_length=lambda arguments: arguments["contexts"]["main"].shape[1],
 )

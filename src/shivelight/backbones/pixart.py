@@ -1,6 +1,25 @@
 """PixArt-Sigma and PixArt-Alpha: diffusers' PixArtTransformer2DModel."""
 
-from shivelight.backbones.spec import BackboneSpec, BlockSpec, Mlp, Streams
+from typing import Any
+
+import torch
+
+from shivelight.backbones.spec import BackboneSpec, BlockSpec, Mlp, Streams, near_square
+
+
+def _example(model: Any, samples: int, tokens: int, text_tokens: int) -> dict[str, Any]:
+    config, (rows, columns) = model.config, near_square(tokens)
+    size: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+    if model.use_additional_conditions:
+        size = {"resolution": torch.full((samples, 2), 1024.0), "aspect_ratio": torch.ones(samples, 1)}
+    return {
+        "hidden_states": torch.randn(
+            samples, config.in_channels, rows * config.patch_size, columns * config.patch_size
+        ),
+        "encoder_hidden_states": torch.randn(samples, text_tokens, config.caption_channels),
+        "added_cond_kwargs": size,
+    }
+
 
 SPEC = BackboneSpec(
     name="pixart",
@@ -46,4 +65,5 @@ SPEC = BackboneSpec(
     widths=lambda model: (model.inner_dim, model.inner_dim, None),
     # Sigma pads captions to 300 tokens, Alpha to 120.
     default_shape=lambda model: ((model.config.sample_size // model.config.patch_size) ** 2, 300),
+    example=_example,
 )

@@ -12,6 +12,8 @@ from torch import nn
 from shivelight.errors import UnsupportedBackboneError
 
 _FOLDER = Path(__file__).parent / "presets"
+# What the constructors of diffusers' classes call the numbers of their blocks.
+_DEPTHS = ("num_layers", "num_single_layers")
 PRESETS = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
 
 
@@ -39,10 +41,24 @@ class Preset:
     source: str
     published: dict[str, Any]
 
-    def build(self, device: str = "meta", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-        """The backbone; on the meta device it takes no memory, on another one its weights are random."""
-        with torch.device(device):
-            model = getattr(diffusers, self.model_class)(**self.config)
+    def build(self, device: str = "meta", dtype: torch.dtype = torch.bfloat16, blocks: int | None = None) -> nn.Module:
+        """The backbone; on the meta device it takes no memory, on another one its weights are random.
+
+        Args:
+            device: where to build it.
+            dtype: of its weights, but on the meta device.
+            blocks: at most so many of each kind, for a machine that does not hold all of them.
+        """
+        config = self.config | {
+            name: min(blocks, self.config[name]) for name in _DEPTHS if blocks is not None and name in self.config
+        }
+        default = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(default if device == "meta" else dtype)  # never twice the memory
+            with torch.device(device):
+                model = getattr(diffusers, self.model_class)(**config)
+        finally:
+            torch.set_default_dtype(default)
         model = model if device == "meta" else model.to(dtype)
         return model.requires_grad_(False).eval()
 

@@ -1,8 +1,11 @@
 """Qwen-Image and its editing models: diffusers' QwenImageTransformer2DModel."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from shivelight.backbones.spec import Angles, BackboneSpec, BlockSpec, Mlp, Rotary, Streams
+from shivelight.backbones.spec import Angles, BackboneSpec, BlockSpec, Mlp, Rotary, Streams, near_square
 
 
 def _angles(table: tuple[Tensor, Tensor], text_tokens: int) -> tuple[Angles, Angles]:
@@ -14,6 +17,15 @@ def _angles(table: tuple[Tensor, Tensor], text_tokens: int) -> tuple[Angles, Ang
 def _sample_rows(rows: Tensor, times: Tensor) -> Tensor:
     """With zero_cond_t (Qwen-Image-Edit), rows for the samples' own timesteps are followed by as many for timestep 0."""
     return rows[: times.numel()] if len(rows) == 2 * times.numel() else rows
+
+
+def _example(model: Any, samples: int, tokens: int, text_tokens: int) -> dict[str, Any]:
+    config = model.config
+    return {
+        "hidden_states": torch.randn(samples, tokens, config.in_channels),
+        "encoder_hidden_states": torch.randn(samples, text_tokens, config.joint_attention_dim),
+        "img_shapes": [[(1, *near_square(tokens))]] * samples,
+    }
 
 
 SPEC = BackboneSpec(
@@ -79,6 +91,7 @@ SPEC = BackboneSpec(
     widths=lambda model: (model.inner_dim, model.inner_dim, None),
     # 1328 x 1328 pixels at 16 a token, and a prompt of a few sentences.
     default_shape=lambda model: (83 * 83, 128),
+    example=_example,
     guidance="separate",
     # E-DiT's authors route every block.
     first_routed=0,

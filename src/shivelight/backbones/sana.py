@@ -1,6 +1,21 @@
 """Sana: diffusers' SanaTransformer2DModel. Linear attention, and MLPs that are convolutions."""
 
-from shivelight.backbones.spec import BackboneSpec, BlockSpec, Streams
+from typing import Any
+
+import torch
+
+from shivelight.backbones.spec import BackboneSpec, BlockSpec, Streams, near_square
+
+
+def _example(model: Any, samples: int, tokens: int, text_tokens: int) -> dict[str, Any]:
+    config, (rows, columns) = model.config, near_square(tokens)
+    return {
+        "hidden_states": torch.randn(
+            samples, config.in_channels, rows * config.patch_size, columns * config.patch_size
+        ),
+        "encoder_hidden_states": torch.randn(samples, text_tokens, config.caption_channels),
+    }
+
 
 SPEC = BackboneSpec(
     name="sana",
@@ -49,6 +64,7 @@ SPEC = BackboneSpec(
     ),
     # 1024 x 1024 pixels at 32 a token, and 300 of the caption.
     default_shape=lambda model: ((model.config.sample_size // model.config.patch_size) ** 2, 300),
+    example=_example,
     guidance="batched",
     no_tokens="Its MLPs are convolutions over the whole picture, which has no places for tokens that are left out.",
 )

@@ -1,6 +1,22 @@
 """Stable Diffusion 3, 3.5-Medium (dual attention) and 3.5-Large: diffusers' SD3Transformer2DModel."""
 
-from shivelight.backbones.spec import BackboneSpec, BlockSpec, Mlp, Streams
+from typing import Any
+
+import torch
+
+from shivelight.backbones.spec import BackboneSpec, BlockSpec, Mlp, Streams, near_square
+
+
+def _example(model: Any, samples: int, tokens: int, text_tokens: int) -> dict[str, Any]:
+    config, (rows, columns) = model.config, near_square(tokens)
+    return {
+        "hidden_states": torch.randn(
+            samples, config.in_channels, rows * config.patch_size, columns * config.patch_size
+        ),
+        "encoder_hidden_states": torch.randn(samples, text_tokens, config.joint_attention_dim),
+        "pooled_projections": torch.randn(samples, config.pooled_projection_dim),
+    }
+
 
 SPEC = BackboneSpec(
     name="sd3",
@@ -45,5 +61,6 @@ SPEC = BackboneSpec(
     widths=lambda model: (model.inner_dim, model.inner_dim, model.inner_dim),
     # 77 CLIP and 256 T5 tokens, as the pipeline pads them by default.
     default_shape=lambda model: ((model.config.sample_size // model.config.patch_size) ** 2, 333),
+    example=_example,
     guidance="batched",
 )

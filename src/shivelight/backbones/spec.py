@@ -1,5 +1,6 @@
 """The description of a DiT family, and the registry that finds the one a model belongs to."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -215,6 +216,8 @@ class BackboneSpec:
         delta_targets: regular expression (full match, names relative to the backbone) of the linears that DoRA tunes.
         widths: model -> (token width D, width of the timestep embedding, of the condition embedding or None).
         default_shape: model -> (image tokens, text tokens) of its native resolution, for summaries before the first run.
+        example: (model, samples, image tokens, text tokens) -> random arguments of one call, the timestep left out: for timing
+            backbones without a pipeline; None where nothing says what they look like.
         condition_embedding: path of the module whose output [B, C] embeds the pooled condition, or None.
         timestep_scale: what the backbone's timestep is multiplied by to run from 0 to 1000.
         guidance: how the family's pipelines run classifier-free guidance: in one batch (unconditional half first), as
@@ -236,6 +239,7 @@ class BackboneSpec:
     delta_targets: str
     widths: Callable[[Any], tuple[int, int, int | None]]
     default_shape: Callable[[Any], tuple[int, int]]
+    example: Callable[[Any, int, int, int], dict[str, Any]] | None = None
     condition_embedding: str | None = None
     timestep_scale: float = 1.0
     guidance: Literal["batched", "separate", "none"] = "none"
@@ -265,6 +269,16 @@ class BackboneSpec:
         """The MLP of each block that has one which can be narrowed, by the block's index."""
         kinds = enumerate(kind for kind, _ in self.block_list(model))
         return {index: kind.mlp for index, kind in kinds if kind.mlp is not None}
+
+
+def near_square(tokens: int) -> tuple[int, int]:
+    """(rows, columns) of so many places, as near to a square as they divide.
+
+    >>> near_square(256), near_square(6889), near_square(12), near_square(7)
+    ((16, 16), (83, 83), (3, 4), (1, 7))
+    """
+    rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
+    return rows, tokens // rows
 
 
 _REGISTRY: dict[str, BackboneSpec] = {}

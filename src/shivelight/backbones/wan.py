@@ -1,9 +1,11 @@
 """Wan 2.1 and 2.2: diffusers' WanTransformer3DModel, video tokens."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from shivelight.backbones.spec import Angles, BackboneSpec, BlockSpec, Mlp, Rotary, Streams
+from shivelight.backbones.spec import Angles, BackboneSpec, BlockSpec, Mlp, Rotary, Streams, near_square
 
 
 def _angles(table: tuple[Tensor, Tensor], text_tokens: int) -> tuple[Angles, None]:
@@ -22,6 +24,15 @@ def _sample_rows(rows: Tensor, times: Tensor) -> Tensor:
     if times.ndim < 2:
         return rows
     return rows[torch.arange(len(times), device=rows.device), times.argmax(dim=1)]
+
+
+def _example(model: Any, samples: int, tokens: int, text_tokens: int) -> dict[str, Any]:
+    config, (rows, columns) = model.config, near_square(tokens)
+    frames, height, width = config.patch_size
+    return {
+        "hidden_states": torch.randn(samples, config.in_channels, frames, rows * height, columns * width),
+        "encoder_hidden_states": torch.randn(samples, text_tokens, config.text_dim),
+    }
 
 
 SPEC = BackboneSpec(
@@ -70,6 +81,7 @@ SPEC = BackboneSpec(
     ),
     # 81 frames of 480 x 832 pixels: 21 x 30 x 52 tokens; T5's 512.
     default_shape=lambda model: (21 * 30 * 52, 512),
+    example=_example,
     guidance="separate",
     sample_times=_sample_times,
     sample_embeddings=_sample_rows,

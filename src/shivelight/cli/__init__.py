@@ -1,10 +1,12 @@
 """The command line, one file per command. Errors are one readable line; `--debug` shows the traceback."""
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from keyword import iskeyword
 
 import typer
+from transformers.utils import logging
 
 from shivelight.errors import ShivelightError
 
@@ -16,6 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# Before the commands are imported: it would tell of every optional package that is not there.
+logging.set_verbosity_error()
+
 CTRL_C = 130  # what typer makes of a KeyboardInterrupt
 COMMANDS = ("demo", "train", "generate", "evaluate", "bench", "import", "report")
 for _command in COMMANDS:
@@ -23,10 +28,38 @@ for _command in COMMANDS:
     app.command(_command)(getattr(import_module(f"shivelight.cli.{_name}"), _name))
 
 
+def spread(arguments: Sequence[str]) -> list[str]:
+    """Several numbers after an option that may be repeated, as that option repeated.
+
+    >>> spread(["evaluate", "--keep", "0.8", "0.6", "--json", "out.json"])
+    ['evaluate', '--keep', '0.8', '--keep', '0.6', '--json', 'out.json']
+    """
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    known = commands.get(arguments[0]) if arguments else None
+    repeated = {name for option in known.params if option.multiple for name in option.opts} if known else set()
+    spread_out: list[str] = []
+    current = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            current = argument if argument in repeated else None
+        elif current is not None and spread_out[-1] != current and _is_number(argument):
+            spread_out.append(current)
+        spread_out.append(argument)
+    return spread_out
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def main() -> None:
     """Entry point: exit code 0 done, 1 failed, 2 bad usage."""
     debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = spread([argument for argument in sys.argv[1:] if argument != "--debug"])
     try:
         app(arguments)
     except ShivelightError as error:

@@ -1,6 +1,6 @@
-"""`shivelight bench`: what published shapes cost, dense and under a budget, counted without weights."""
+"""`shivelight bench`: what published shapes cost, dense and under a budget: counted without weights, or timed with random ones."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -12,6 +12,7 @@ from shivelight.backbones.presets import PRESETS, read_preset
 from shivelight.cli import common
 from shivelight.config import BlockRouting, Reuse, RoutingConfig, TokenRouting
 from shivelight.cost import backbone_costs, planned_ratio, step_flops
+from shivelight.evaluation.bare import check_memory, routings, timed_rows
 from shivelight.evaluation.results import new_results, new_row
 from shivelight.execution.routed import Routed
 from shivelight.report.style import budget_label
@@ -24,24 +25,94 @@ def bench(
         list[str] | None, typer.Option(help=f"A published shape ({', '.join(PRESETS)}); repeat it. All by default.")
     ] = None,
     keep: Annotated[
-        list[float] | None, typer.Option(help="Token keep ratios of every routed block; repeat it.")
+        list[float] | None, typer.Option(help="Token keep ratios; repeat it. 0.8 and 0.6 by default.")
     ] = None,
+    compute: Annotated[
+        list[float] | None,
+        typer.Option(help="Shares of the dense FLOPs, for what needs no training; repeat it. Timed runs only."),
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Build the backbones with random weights and time them.")
+    ] = False,
+    steps: Annotated[int, typer.Option(min=2, help="Sampling steps of a timed generation.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a pass.")] = 1,
+    rounds: Annotated[int, typer.Option(min=2, help="Timed rounds; every method runs once in each.")] = 7,
+    blocks: Annotated[
+        int | None, typer.Option(min=2, help="At most so many blocks of each kind, where not all of them fit.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=16, help="Image tokens; the shape's own by default.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of timed runs.")
+    ] = "bfloat16",
+    seed: common.SeedOption = 0,
+    device: common.DeviceOption = common.DEFAULT_DEVICE,
     json: common.JsonOption = None,
 ) -> None:
-    """Parameters and multiply-adds of a pass of one sample, on the meta device: nothing is downloaded, held or run.
+    """Parameters and multiply-adds of a pass of one sample, on the meta device: nothing is downloaded, held or run. With
+    --random-weights, dense and routed generations of the bare backbone, timed in turns.
 
-    Example: shivelight bench --backbone flux1-dev --backbone qwen-image
+    Examples: shivelight bench --backbone flux1-dev --backbone qwen-image; shivelight bench --backbone sd3-cpu --random-weights
+    --keep 0.8 --keep 0.6 --compute 0.5
     """
-    rows: list[dict[str, Any]] = []
-    table = Table(*SHAPE_HEADS)
-    for name in backbone or PRESETS:
-        for row in shape_rows(name, keep or [0.8, 0.6]):
-            rows.append(row)
-            table.add_row(*shape_cells(row))
-    Console(width=max(common.console.width, 140)).print(table)
-    results = new_results(backbone={"class": "published shapes, on the meta device"})
-    results["rows"] = rows
+    names = backbone or list(PRESETS)
+    if not random_weights:
+        if compute:
+            raise typer.BadParameter(
+                "Counting needs --keep alone; --compute is for --random-weights.", param_hint="--compute"
+            )
+        rows: list[dict[str, Any]] = []
+        table = Table(*SHAPE_HEADS)
+        for name in names:
+            for row in shape_rows(name, keep or [0.8, 0.6]):
+                rows.append(row)
+                table.add_row(*shape_cells(row))
+        Console(width=max(common.console.width, 140)).print(table)
+        results = new_results(seed=seed, backbone={"class": "published shapes, on the meta device"})
+        results["rows"] = rows
+        common.save_json(json, results)
+        return
+    common.quiet_libraries()
+    common.check_device(device)
+    if torch.device(device).type == "cpu":
+        common.keep_freed_memory()
+    results = new_results(seed=seed, device=device, backbone={"class": "published shapes, random weights"})
+    for name in names:
+        preset, kind = read_preset(name), getattr(torch, dtype)
+        parameters = sum(parameter.numel() for parameter in preset.build(blocks=blocks).parameters())
+        check_memory(parameters, kind, device, preset.title)
+        model = preset.build(device, kind, blocks)
+        points = routings(keep or ([] if compute else [0.8, 0.6]), compute or [], find_spec(model))
+        shape = batch, tokens or preset.image_tokens, preset.text_tokens, steps
+        with common.progress_bar(name, (rounds + 1) * (1 + len(points))) as advance:
+            described = {
+                "variant": name, "title": preset.title, "image_tokens": shape[1], "text_tokens": shape[2],
+                "parameters": parameters,
+            }  # fmt: skip
+            if blocks is not None:
+                described["blocks_of_a_kind"] = blocks
+            timed = timed_rows(model, *shape, points, rounds, seed, advance, described)
+        results["rows"] += timed
+        print_timed(preset.title, timed)
+        del model
     common.save_json(json, results)
+
+
+def print_timed(title: str, rows: list[dict[str, Any]]) -> None:
+    """Rows that were timed; where the interval of a speed-up holds 1, it is not called one."""
+    table = Table("method", "planned", "ms a generation", "speed-up", "95%", "efficiency", "peak MB", title=title)
+    for row in rows:
+        low, high = row.get("ci95", {}).get("speedup", (1.0, 1.0))
+        told = "speedup" in row and not low <= 1.0 <= high
+        table.add_row(
+            " ".join([row["method"], budget_label(row)]).strip(),
+            f"{row['planned_ratio']:.3f}",
+            f"{row['latency_ms']['median']:.1f} ({row['latency_ms']['p10']:.1f} to {row['latency_ms']['p90']:.1f})",
+            f"{row['speedup']:.2f}x" if told else "" if "speedup" not in row else "within the spread",
+            f"{low:.2f} to {high:.2f}" if "speedup" in row else "",
+            f"{row['efficiency']:.2f}" if told and "efficiency" in row else "",
+            f"{row['peak_memory_mb']:,.0f}" if "peak_memory_mb" in row else "",
+        )
+    Console(width=max(common.console.width, 120)).print(table)
 
 
 def shape_rows(name: str, keeps: list[float]) -> list[dict[str, Any]]:

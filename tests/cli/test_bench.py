@@ -1,0 +1,53 @@
+"""`shivelight bench` on bare backbones, and options that take several numbers."""
+
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from shivelight.cli import app, spread
+from shivelight.evaluation.results import read_results
+
+
+def test_a_shape_with_random_weights_is_timed_and_written(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    done = CliRunner().invoke(
+        app,
+        [
+            "bench", "--backbone", "dit-xl-2-256", "--random-weights", "--blocks", "2", "--tokens", "16", "--steps", "3",
+            "--rounds", "2", "--keep", "0.5", "--compute", "0.6", "--json", str(path),
+        ],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    results = read_results(path)
+    assert [row["method"] for row in results["rows"]] == ["dense", "tokens", "tokens+reuse", "blocks+reuse"]
+    assert {row["image_tokens"] for row in results["rows"]} == {16} and results["rows"][0]["blocks_of_a_kind"] == 2
+    # A speed-up that its interval does not tell from 1 is not printed as one.
+    for row in results["rows"][1:]:
+        low, high = row["ci95"]["speedup"]
+        assert (f"{row['speedup']:.2f}x" in done.output) or low <= 1.0 <= high
+
+
+def test_counting_takes_no_budget_of_flops() -> None:
+    done = CliRunner().invoke(app, ["bench", "--backbone", "dit-xl-2-256", "--compute", "0.5"])
+    assert done.exit_code == 2 and "--random-weights" in done.output
+
+
+def test_several_numbers_after_one_option_are_that_option_repeated() -> None:
+    assert spread(["bench", "--keep", "0.8", "0.6", "--json", "x"]) == [
+        "bench",
+        "--keep",
+        "0.8",
+        "--keep",
+        "0.6",
+        "--json",
+        "x",
+    ]
+    whole = ["evaluate", "--keep", "0.8", "--compute", "0.5", "--compute", "0.4", "--seed", "3"]
+    assert spread(["evaluate", "--keep", "0.8", "--compute", "0.5", "0.4", "--seed", "3"]) == whole
+    for left in (
+        [],
+        ["report", "a.json", "b.json"],
+        ["nothing", "--keep", "1", "2"],
+        ["train", "pictures", "--size", "3"],
+    ):
+        assert spread(left) == left
