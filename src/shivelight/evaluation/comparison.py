@@ -65,12 +65,14 @@ class OperatingPoint:
         budget: {"keep": 0.6} or {"compute": 0.7}, or {} where there is none.
         steps: sampling steps.
         state: context manager that puts the pipeline into the state of the method.
+        peer: whether it is somebody else's, of which nothing is planned.
     """
 
     method: str
     budget: dict[str, float]
     steps: int
     state: Callable[[], AbstractContextManager[Any]]
+    peer: bool = False
 
     @property
     def name(self) -> str:
@@ -248,6 +250,8 @@ class Comparison:
 
     def planned(self, point: OperatingPoint) -> float | None:
         """Planned FLOPs of the blocks in one generation over those of the dense reference; None where nothing is known."""
+        if point.peer:
+            return None
         if not point.budget:
             return point.steps / self.setting.steps
         if not self.routed.shape_seen:
