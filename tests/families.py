@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class Family:
         shared: what all samples have in common.
         tokens: image tokens of a pass.
         text_tokens: text tokens of a pass.
+        guided: options with which its pipeline runs guidance, where it can; most do so without being told.
+        unguided: options with which it does not.
     """
 
     build: Callable[[], Any]
@@ -52,6 +54,8 @@ class Family:
     shared: dict[str, Any]
     tokens: int
     text_tokens: int
+    guided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 3.0})
+    unguided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
 
     @torch.no_grad()
     def __call__(self, pipe: Any, *samples: int, steps: int = 6, **options: Any) -> Tensor:
@@ -183,11 +187,15 @@ FAMILIES: dict[str, Family] = {
             "negative_prompt_embeds": _drawn(TEXT, 32, seed=1),
             "negative_prompt_embeds_mask": torch.ones(3, TEXT, dtype=torch.int64),
         },
-        {"height": 32, "width": 32, "true_cfg_scale": 3.0}, 64, TEXT,
+        {"height": 32, "width": 32, "true_cfg_scale": 3.0}, 64, TEXT, {"true_cfg_scale": 3.0}, {"true_cfg_scale": 1.0},
     ),
     "flux": Family(
-        _flux, {"prompt_embeds": _drawn(TEXT, 32), "pooled_prompt_embeds": _drawn(32, seed=2)},
-        {"height": 32, "width": 32, "guidance_scale": 3.0}, 64, TEXT,
+        _flux,
+        {
+            "prompt_embeds": _drawn(TEXT, 32), "negative_prompt_embeds": _drawn(TEXT, 32, seed=1),
+            "pooled_prompt_embeds": _drawn(32, seed=2), "negative_pooled_prompt_embeds": _drawn(32, seed=3),
+        },
+        {"height": 32, "width": 32, "guidance_scale": 3.0}, 64, TEXT, {"true_cfg_scale": 3.0}, {},
     ),
     "pixart": Family(
         _pixart, _captions(),

@@ -35,11 +35,13 @@ def widths_of(name: str) -> tuple[float, ...]:
     return (0.5, 1.0) if name in MLPS else (1.0,)
 
 
-def gated(model: Any, threshold: float = 0.5, spread: float = 4.0, reuse: bool = True, **options: Any) -> Any:
+def gated(
+    model: Any, threshold: float = 0.5, spread: float = 4.0, reuse: bool = True, seed: int = 2, **options: Any
+) -> Any:
     """Block routers that decide at random, but always the same."""
     torch.manual_seed(1)
     sl.attach(model, sl.RoutingConfig(None, sl.BlockRouting(**options), reuse=sl.Reuse() if reuse else None))
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(seed)
     routed = routed_of(model)
     with torch.no_grad():
         for parameter in routed.gates.router.parameters():
@@ -87,3 +89,28 @@ def passes(pipe: Any, generate: Any) -> list[dict[str, Any]]:
     finally:
         handle.remove()
     return seen
+
+
+def of_samples(call: dict[str, Any], batch: int, *samples: int) -> dict[str, Any]:
+    """The arguments of some samples of a batch; those that all samples share stay."""
+    rows = list(samples)
+
+    def take(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim and len(value) == batch:
+            return value[rows]
+        return [value[row] for row in rows] if isinstance(value, list) and len(value) == batch else value
+
+    return {name: take(value) for name, value in call.items()}
+
+
+def one_batch(pipe: Any, name: str, *samples: int) -> dict[str, Any]:
+    """The backbone's own arguments of a step in the middle, for some of the family's three samples without guidance."""
+    call = FAMILIES[name]
+    found = passes(pipe, lambda: call(pipe, *samples, steps=4, **call.unguided))
+    return found[2] | {"return_dict": False}
+
+
+@torch.no_grad()
+def run(model: nn.Module, call: dict[str, Any]) -> Tensor:
+    """What the backbone returns."""
+    return model(**call)[0]

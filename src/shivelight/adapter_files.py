@@ -89,7 +89,7 @@ def load_adapter(
     *,
     pipeline: Any | None = None,
 ) -> Any:
-    """Attach the adapter in a local folder or Hub repository; the budget starts at keep=1.0.
+    """Attach the adapter in a local folder or Hub repository; the budget is its config's: keep=1.0 as training leaves it.
 
     Args:
         model: a diffusers pipeline, or its transformer.

@@ -54,7 +54,7 @@ def test_the_plan_counts_what_torch_counts(name: str) -> None:
 
     def counted() -> float:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            call(pipe, 0, **{"guidance_scale" if name != "qwen-image" else "true_cfg_scale": 1.0})
+            call(pipe, 0, **call.unguided)
         found = counter.get_flop_counts()
         return sum(sum(found[place].values()) for place in places)
 
