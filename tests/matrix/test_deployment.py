@@ -121,8 +121,8 @@ def test_routers_live_where_groups_are_brought_to() -> None:
     for module in pipe.transformer.modules():
         if (registry := module.__dict__.get("_diffusers_hook")) is not None:
             registry.get_hook("group_offloading").config.onload_device = torch.device("meta")  # stands for a GPU
-    routed = gated(pipe)
-    assert {p.device.type for p in routed.parameters()} == {"meta"}
+    sl.attach(pipe)
+    assert {p.device.type for p in routed_of(pipe).parameters()} == {"meta"}
     assert {p.device.type for p in pipe.transformer.transformer_blocks.parameters()} == {"cpu"}
 
 
