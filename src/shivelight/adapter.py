@@ -17,7 +17,7 @@ from shivelight.config import UNTRAINED, RoutingConfig
 from shivelight.errors import AdapterError, BudgetError, ShivelightError, UnsupportedBackboneError
 from shivelight.execution.context import GRID, Branch, is_set
 from shivelight.execution.folding import Delta
-from shivelight.execution.hook import ActivationHook, BlockHook, EmbeddingHook, RootHook
+from shivelight.execution.hook import ActivationHook, BlockHook, EmbeddingHook, RootHook, refuse_parallel
 from shivelight.execution.planning import Budget
 from shivelight.execution.routed import NAME, Routed
 from shivelight.routing import Schedule
@@ -342,12 +342,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _refuse_unsupported(backbone: nn.Module) -> None:
-    parallel = getattr(backbone, "_parallel_config", None)
-    if parallel is not None and getattr(parallel, "context_parallel_config", None) is not None:
-        raise UnsupportedBackboneError(
-            "Context parallelism shards the sequence before the blocks, so a top-k would be local to each rank. Disable it "
-            "to use Shivelight."
-        )
+    refuse_parallel(backbone)
     if any(_runs_another_module(module) for module in backbone.modules()):
         raise UnsupportedBackboneError(
             "This model is a deep copy of a hooked one: its hooks would run the original's weights. Copy before attaching "

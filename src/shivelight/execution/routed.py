@@ -102,10 +102,13 @@ class Routed(nn.Module):
 
     def begin(self, timestep: Tensor | None) -> None:
         """A forward pass of the backbone begins."""
-        if any("_diffusers_hook" in module.__dict__ for module in self.modules()):
+        if self.enabled and (
+            any(parameter.is_meta for parameter in self.parameters())
+            or any("_diffusers_hook" in module.__dict__ for module in self.modules())
+        ):
             raise UnsupportedBackboneError(
-                "The routers are offloaded layer by layer (apply_group_offloading with 'leaf_level'), where their weights cannot "
-                "be read. Apply it first and attach (or load the adapter) then, or offload at block level."
+                "The routers are offloaded layer by layer, where their weights cannot be read. Offload the backbone first and "
+                "attach (or load the adapter) then; or offload whole models, or groups at block level."
             )
         generation = self.context.generation
         sampled = None if timestep is None else self.spec.sample_times(timestep)
