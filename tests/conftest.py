@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Write the matrix of `tests/test_matrix.py`."""
+    """Write what became of the tests in `tests/matrix`."""
     path = config.getoption("--matrix")
     if path is None:
         return
@@ -80,17 +81,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     from shivelight.evaluation.results import new_results, write_results
 
     found: dict[str, dict[str, str]] = {name: {} for name in FAMILIES}
-    for outcome in ("passed", "skipped", "failed", "error"):  # the worst that happened counts
+    places: dict[str, tuple[str, int]] = {}
+    for outcome in ("passed", "xfailed", "skipped", "failed", "error"):  # the worst that happened counts
         for report in terminalreporter.stats.get(outcome, []):
             file, _, rest = report.nodeid.partition("::")
             test, _, parameters = rest.rstrip("]").partition("[")
-            family = next((name for name in FAMILIES if name in parameters), None)
-            if Path(file).name != "test_matrix.py" or family is None:
+            family = next((name for name in FAMILIES if re.search(rf"(^|-){name}($|-)", parameters)), None)
+            if Path(file).parent.name != "matrix" or family is None:
                 continue
             reason = report.longrepr[2].removeprefix("Skipped: ") if outcome == "skipped" else ""
-            found[family][test.removeprefix("test_").replace("_", " ")] = outcome + (f": {reason}" if reason else "")
-    results = new_results(
-        command=f"pytest tests/test_matrix.py --matrix {path}", backbone={"class": "every family, tiny"}
-    )
-    results["rows"] = [{"method": name, "budget": {}, "tests": tests} for name, tests in found.items()]
+            found[family][row := test.removeprefix("test_").replace("_", " ")] = outcome + (
+                f": {reason}" if reason else ""
+            )
+            places[row] = (file, report.location[1] or 0)
+    results = new_results(command=f"pytest tests/matrix --matrix {path}", backbone={"class": "every family, tiny"})
+    # In the order of the files, whichever worker was first.
+    rows = sorted(places, key=lambda row: places[row])
+    results["rows"] = [
+        {"method": name, "budget": {}, "tests": {row: tests[row] for row in rows if row in tests}}
+        for name, tests in found.items()
+    ]
     write_results(path, results)

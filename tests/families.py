@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DDIMScheduler,
@@ -17,6 +18,8 @@ from diffusers import (
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
@@ -45,6 +48,8 @@ class Family:
         shared: what all samples have in common.
         tokens: image tokens of a pass.
         text_tokens: text tokens of a pass.
+        guided: options with which its pipeline runs guidance, where it can; most do so without being told.
+        unguided: options with which it does not.
     """
 
     build: Callable[[], Any]
@@ -52,6 +57,8 @@ class Family:
     shared: dict[str, Any]
     tokens: int
     text_tokens: int
+    guided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 3.0})
+    unguided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
 
     @torch.no_grad()
     def __call__(self, pipe: Any, *samples: int, steps: int = 6, **options: Any) -> Tensor:
@@ -84,6 +91,21 @@ def _flux() -> Any:
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(), vae=_small_vae(1), text_encoder=None, tokenizer=None,
         text_encoder_2=None, tokenizer_2=None,
+    )  # fmt: skip
+
+
+def _flux2() -> Any:
+    return Flux2Pipeline(
+        transformer=Flux2Transformer2DModel(
+            in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLFlux2(
+            block_out_channels=(4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=1,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        ),
+        text_encoder=None, tokenizer=None,
     )  # fmt: skip
 
 
@@ -183,11 +205,18 @@ FAMILIES: dict[str, Family] = {
             "negative_prompt_embeds": _drawn(TEXT, 32, seed=1),
             "negative_prompt_embeds_mask": torch.ones(3, TEXT, dtype=torch.int64),
         },
-        {"height": 32, "width": 32, "true_cfg_scale": 3.0}, 64, TEXT,
+        {"height": 32, "width": 32, "true_cfg_scale": 3.0}, 64, TEXT, {"true_cfg_scale": 3.0}, {"true_cfg_scale": 1.0},
     ),
     "flux": Family(
-        _flux, {"prompt_embeds": _drawn(TEXT, 32), "pooled_prompt_embeds": _drawn(32, seed=2)},
-        {"height": 32, "width": 32, "guidance_scale": 3.0}, 64, TEXT,
+        _flux,
+        {
+            "prompt_embeds": _drawn(TEXT, 32), "negative_prompt_embeds": _drawn(TEXT, 32, seed=1),
+            "pooled_prompt_embeds": _drawn(32, seed=2), "negative_pooled_prompt_embeds": _drawn(32, seed=3),
+        },
+        {"height": 32, "width": 32, "guidance_scale": 3.0}, 64, TEXT, {"true_cfg_scale": 3.0}, {},
+    ),
+    "flux2": Family(
+        _flux2, {"prompt_embeds": _drawn(TEXT, 32)}, {"height": 32, "width": 32, "guidance_scale": 3.0}, 64, TEXT, {}, {},
     ),
     "pixart": Family(
         _pixart, _captions(),

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks import HookRegistry
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.group_offloading import _GROUP_OFFLOADING
 from diffusers.hooks.hooks import HookFunctionReference
 from diffusers.models.activations import GELU
 from torch import nn
@@ -15,10 +17,13 @@ from shivelight.config import UNTRAINED, RoutingConfig
 from shivelight.errors import AdapterError, BudgetError, ShivelightError, UnsupportedBackboneError
 from shivelight.execution.context import GRID, Branch, is_set
 from shivelight.execution.folding import Delta
-from shivelight.execution.hook import ActivationHook, BlockHook, EmbeddingHook, RootHook
+from shivelight.execution.hook import ActivationHook, BlockHook, EmbeddingHook, RootHook, refuse_parallel
 from shivelight.execution.planning import Budget
 from shivelight.execution.routed import NAME, Routed
 from shivelight.routing import Schedule
+
+# What enable_layerwise_casting leaves alone, in diffusers' models.
+_NEVER_CAST = "_skip_layerwise_casting_patterns"
 
 
 def attach(model: Any, config: RoutingConfig | None = None, *, pipeline: Any | None = None) -> Any:
@@ -82,6 +87,8 @@ def install(model: Any, routed: Routed, deltas: dict[str, Delta]) -> None:
         raise
     if earlier is not None:
         detach(backbone)
+    if (device := _onload_device(backbone)) is not None:
+        routed.to(device)
     backbone.add_module(NAME, routed)
     _register_hooks(backbone, routed, routed.spec)
 
@@ -93,8 +100,10 @@ def detach(model: Any) -> Any:
     if routed is None:
         return model
     routed.enable(False)
-    registry = HookRegistry.check_if_exists_or_initialize(backbone)
-    registry.remove_hook(NAME, recurse=True)
+    for module in backbone.modules():
+        if "_diffusers_hook" in module.__dict__:
+            with _below_accelerate(module):
+                module._diffusers_hook.remove_hook(NAME, recurse=False)
     for handle in routed.handles:
         handle.remove()
     # Most of diffusers' transformers have one of their own class, and were given none.
@@ -102,9 +111,21 @@ def detach(model: Any) -> Any:
     if given is not None and backbone.__dict__.get("_reset_stateful_cache") is given:
         del backbone._reset_stateful_cache
     delattr(backbone, NAME)
-    registry.invalidate_child_registries_cache()
+    if backbone.__dict__.get(_NEVER_CAST) is routed.never_cast:
+        delattr(backbone, _NEVER_CAST)
+    HookRegistry.check_if_exists_or_initialize(backbone).invalidate_child_registries_cache()
     _drop_empty_registries(backbone)
     return model
+
+
+def _onload_device(backbone: nn.Module) -> torch.device | None:
+    """Where the parts of a backbone under group offloading run: what is attached later must be there by itself."""
+    for module in backbone.modules():
+        registry = module.__dict__.get("_diffusers_hook")
+        hook = None if registry is None else registry.get_hook(_GROUP_OFFLOADING)
+        if hook is not None:
+            return hook.config.onload_device
+    return None
 
 
 @contextmanager
@@ -321,12 +342,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _refuse_unsupported(backbone: nn.Module) -> None:
-    parallel = getattr(backbone, "_parallel_config", None)
-    if parallel is not None and getattr(parallel, "context_parallel_config", None) is not None:
-        raise UnsupportedBackboneError(
-            "Context parallelism shards the sequence before the blocks, so a top-k would be local to each rank. Disable it "
-            "to use Shivelight."
-        )
+    refuse_parallel(backbone)
     if any(_runs_another_module(module) for module in backbone.modules()):
         raise UnsupportedBackboneError(
             "This model is a deep copy of a hooked one: its hooks would run the original's weights. Copy before attaching "
@@ -348,15 +364,17 @@ def _register_hooks(backbone: nn.Module, routed: Routed, spec: BackboneSpec) -> 
         _listen(backbone, routed, spec.condition_embedding, "condition")
     if routed.config.activation is not None:
         for module in _activated(backbone, spec):
-            registry = HookRegistry.check_if_exists_or_initialize(module)
-            registry.register_hook(ActivationHook(routed.config.activation), NAME)
+            _register(module, ActivationHook(routed.config.activation))
     blocks = spec.block_list(backbone)
     for index in routed.routed:
         kind, block = blocks[index]
-        HookRegistry.check_if_exists_or_initialize(block).register_hook(BlockHook(routed, index, kind), NAME)
-    registry = HookRegistry.check_if_exists_or_initialize(backbone)
-    registry.register_hook(RootHook(routed), NAME)
+        _register(block, BlockHook(routed, index, kind))
+    registry = _register(backbone, RootHook(routed))
     registry.invalidate_child_registries_cache()
+    if hasattr(backbone, _NEVER_CAST):
+        # enable_layerwise_casting would store the routers in eight bits, and they read their weights themselves.
+        routed.never_cast = (*(getattr(backbone, _NEVER_CAST) or ()), f"^{NAME}$")
+        setattr(backbone, _NEVER_CAST, routed.never_cast)
     if not hasattr(backbone, "_reset_stateful_cache"):
         # pipe.maybe_free_model_hooks() calls this at the end of a generation, where it exists.
         routed.reset_function = lambda: registry.reset_stateful_hooks(recurse=True)
@@ -366,6 +384,28 @@ def _register_hooks(backbone: nn.Module, routed: Routed, spec: BackboneSpec) -> 
         backbone.register_load_state_dict_pre_hook(_before_load),
         backbone.register_load_state_dict_post_hook(_after_load),
     ]
+
+
+def _register(module: nn.Module, hook: ModelHook) -> HookRegistry:
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    with _below_accelerate(module):
+        registry.register_hook(hook, NAME)
+    return registry
+
+
+@contextmanager
+def _below_accelerate(module: nn.Module) -> Iterator[None]:
+    """Hooks that come or go inside do so below accelerate's (enable_model_cpu_offload), which the pipeline takes off and puts on
+    again after every picture, and whatever lay above them with it."""
+    above = module.__dict__.get("forward") if "_old_forward" in module.__dict__ else None
+    if above is None:
+        yield
+        return
+    module.forward = module._old_forward
+    try:
+        yield
+    finally:
+        module._old_forward, module.forward = module.forward, above
 
 
 def _activated(backbone: nn.Module, spec: BackboneSpec) -> list[nn.Module]:
@@ -402,8 +442,7 @@ def _embedder(backbone: nn.Module, spec: BackboneSpec, path: str) -> nn.Module:
 
 
 def _listen(backbone: nn.Module, routed: Routed, path: str, field: str) -> None:
-    module = _embedder(backbone, routed.spec, path)
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(EmbeddingHook(routed, field), NAME)
+    _register(_embedder(backbone, routed.spec, path), EmbeddingHook(routed, field))
 
 
 def _dense_state_dict(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:

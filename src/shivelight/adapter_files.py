@@ -28,7 +28,14 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _DELTA_PARTS = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector.weight"}
 # What makes two backbones of one family incompatible, wherever their configs have it.
-_SHAPE_FIELDS = ("num_layers", "attention_head_dim", "num_attention_heads", "caption_projection_dim", "in_channels")
+_SHAPE_FIELDS = (
+    "num_layers",
+    "num_single_layers",
+    "attention_head_dim",
+    "num_attention_heads",
+    "caption_projection_dim",
+    "in_channels",
+)
 
 
 def save_adapter(model: Any, directory: str | Path, training: dict[str, Any] | None = None) -> Path:
@@ -89,7 +96,7 @@ def load_adapter(
     *,
     pipeline: Any | None = None,
 ) -> Any:
-    """Attach the adapter in a local folder or Hub repository; the budget starts at keep=1.0.
+    """Attach the adapter in a local folder or Hub repository; the budget is its config's: keep=1.0 as training leaves it.
 
     Args:
         model: a diffusers pipeline, or its transformer.

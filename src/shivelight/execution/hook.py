@@ -20,6 +20,16 @@ from shivelight.execution.width import call_narrow, masked_channels, resized
 from shivelight.routing import token_mask, top_k_indices
 
 
+def refuse_parallel(backbone: nn.Module) -> None:
+    """UnsupportedBackboneError where the sequence is sharded before the blocks."""
+    parallel = getattr(backbone, "_parallel_config", None)
+    if parallel is not None and getattr(parallel, "context_parallel_config", None) is not None:
+        raise UnsupportedBackboneError(
+            "Context parallelism shards the sequence before the blocks, so a top-k would be local to each rank. Disable it "
+            "to use Shivelight."
+        )
+
+
 class RootHook(ModelHook):
     """On the backbone: begins a step, and resets the state when a pipeline ends a generation."""
 
@@ -33,6 +43,13 @@ class RootHook(ModelHook):
         """Note the timestep, and how much text there is where blocks do not tell."""
         spec = self.routed.spec
         arguments = dict(zip(spec.model_arguments, args, strict=False)) | kwargs
+        if self.routed.enabled:
+            refuse_parallel(module)
+        x = arguments.get(spec.model_arguments[0])
+        if isinstance(x, Tensor) and x.ndim and not len(x):
+            raise ShivelightError(
+                f"{type(module).__name__} was called with no samples: {tuple(x.shape)}. Give at least one."
+            )
         if self.routed.enabled and (reason := spec.call_obstacle(arguments)):
             raise UnsupportedBackboneError(
                 f"This call of {type(module).__name__} cannot be routed. {reason} Detach, or use shivelight.dense(model)."

@@ -86,6 +86,7 @@ class Routed(nn.Module):
         self.observer: Observer | None = None
         self.handles: list[Any] = []
         self.reset_function: Callable[[], None] | None = None
+        self.never_cast: tuple[str, ...] = ()
         self._scorer = TokenScorer()
 
     def __deepcopy__(self, memo: dict) -> NoReturn:
@@ -101,6 +102,14 @@ class Routed(nn.Module):
 
     def begin(self, timestep: Tensor | None) -> None:
         """A forward pass of the backbone begins."""
+        if self.enabled and (
+            any(parameter.is_meta for parameter in self.parameters())
+            or any("_diffusers_hook" in module.__dict__ for module in self.modules())
+        ):
+            raise UnsupportedBackboneError(
+                "The routers are offloaded layer by layer, where their weights cannot be read. Offload the backbone first and "
+                "attach (or load the adapter) then; or offload whole models, or groups at block level."
+            )
         generation = self.context.generation
         sampled = None if timestep is None else self.spec.sample_times(timestep)
         context = self.clock.tick(sampled)

@@ -109,7 +109,7 @@ class NarrowMlps:
         Slicing reads the linear layers' weights and leaves out what is wrapped around them, so a LoRA of the user's,
         quantised weights and hooks on the layers themselves (layer-wise offload or casting) all keep the full width.
         """
-        return self._obstacle(block, self._layers(block))
+        return self._obstacle(block, self._layers(block)) or self._absent(block)
 
     @torch.compiler.disable(reason="looks at memory, not at values")
     def replacements(self, block: int, share: float) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ class NarrowMlps:
         if share == 1.0:
             return {}
         layers = self._layers(block)
-        if self._obstacle(block, layers) is not None:
+        if (self._obstacle(block, layers) or self._absent(block)) is not None:
             self.forget(block)
             return {}
         count = self.count(block, share)
@@ -183,6 +183,13 @@ class NarrowMlps:
                 return f"The weight of {name!r} of block {block} is offloaded (on the meta device)."
             if weight.is_inference():
                 return f"The weight of {name!r} of block {block} was made in inference mode, where no change shows."
+        return None
+
+    def _absent(self, block: int) -> str | None:
+        registry = getattr(self._blocks[block], "_diffusers_hook", None)
+        order = [] if registry is None else registry._hook_order
+        if order[:1] == ["group_offloading"]:
+            return f"Block {block} is brought to its device after its slices would be read; attach before offloading groups."
         return None
 
     def _is_down(self, block: int, name: str) -> bool:

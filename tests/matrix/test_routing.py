@@ -8,61 +8,14 @@ import pytest
 import torch
 from diffusers.loaders.peft import PeftAdapterMixin
 from families import FAMILIES, build
+from matrix_help import MLPS, NAMES, TOKENS, close, decided, free, gated, widths_of
 from peft import LoraConfig
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import shivelight as sl
 from shivelight.adapter import routed_of
 from shivelight.backbones import find_spec
-
-NAMES = tuple(FAMILIES)
-TOKENS = tuple(name for name in NAMES if not find_spec(build(name).transformer).no_tokens)
-MLPS = tuple(name for name in NAMES if find_spec(build(name).transformer).blocks[0].mlp)
-
-
-@pytest.fixture(params=NAMES)
-def name(request: pytest.FixtureRequest) -> str:
-    """A family."""
-    return request.param
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    scale = float(b.abs().mean())
-    torch.testing.assert_close(a / scale, b / scale, atol=2e-4, rtol=1e-3)
-
-
-def free(pipe: Any, compute: float = 0.5, **options: Any) -> Any:
-    sl.attach(pipe, sl.RoutingConfig.training_free(compute=compute, axis="blocks", **options))
-    return routed_of(pipe)
-
-
-def gated(pipe: Any, threshold: float = 0.5, spread: float = 4.0, **options: Any) -> Any:
-    """Block routers that decide at random, but always the same."""
-    torch.manual_seed(1)
-    sl.attach(pipe, sl.RoutingConfig(None, sl.BlockRouting(**options), reuse=sl.Reuse()))
-    generator = torch.Generator().manual_seed(2)
-    routed = routed_of(pipe)
-    with torch.no_grad():
-        for parameter in routed.gates.router.parameters():
-            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
-    sl.set_budget(pipe, threshold=threshold)
-    return routed
-
-
-def decided(routed: Any) -> list[tuple[int, int, tuple]]:
-    """What every sample does in every block from now on."""
-    seen: list[tuple[int, int, tuple]] = []
-    decide = routed.decide
-
-    def noting(block: int, x: Tensor, text: Tensor | None, text_tokens: int) -> Any:
-        parts = decide(block, x, text, text_tokens)
-        seen.append((routed.context.step, block, parts * (len(x) // len(parts))))
-        return parts
-
-    routed.decide = noting
-    return seen
 
 
 def test_everything_on_is_the_dense_model_and_detach_leaves_no_trace(name: str) -> None:
@@ -101,7 +54,7 @@ def test_the_plan_counts_what_torch_counts(name: str) -> None:
 
     def counted() -> float:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            call(pipe, 0, **{"guidance_scale" if name != "qwen-image" else "true_cfg_scale": 1.0})
+            call(pipe, 0, **call.unguided)
         found = counter.get_flop_counts()
         return sum(sum(found[place].values()) for place in places)
 
@@ -125,8 +78,7 @@ def test_a_batch_is_its_samples(name: str) -> None:
 @pytest.mark.parametrize("cfg_gates", ["cond", "each"])
 def test_a_batch_of_samples_that_disagree_is_its_samples(name: str, cfg_gates: Any) -> None:
     pipe, call = build(name), FAMILIES[name]
-    widths = (0.5, 1.0) if name in MLPS else (1.0,)
-    routed = gated(pipe, cfg_gates=cfg_gates, widths=widths)
+    routed = gated(pipe, cfg_gates=cfg_gates, widths=widths_of(name))
     seen = decided(routed)
     together = call(pipe, 0, 1, 2)
     actions = {parts.action for _, _, samples in seen for parts in samples}
@@ -145,7 +97,7 @@ def test_a_prompt_does_not_depend_on_the_one_before(name: str) -> None:
 
 def test_an_adapter_comes_back_from_its_folder(name: str, tmp_path: Path) -> None:
     pipe, call = build(name), FAMILIES[name]
-    gated(pipe, widths=(0.5, 1.0) if name in MLPS else (1.0,))
+    gated(pipe, widths=widths_of(name))
     routed = call(pipe, 0, 1)
     sl.save_adapter(pipe, tmp_path / "adapter")
     sl.detach(pipe)
