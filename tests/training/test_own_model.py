@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -181,3 +182,17 @@ def test_what_its_cache_lacks_is_said_before_training(tmp_path: Path) -> None:
     )
     trainer.run(until=1)
     assert json.loads((tmp_path / "run/losses.jsonl").read_text())["step"] == 1
+
+
+def test_the_page_works_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/train.md, which goes on where docs/bring-your-own-dit.md ends."""
+    monkeypatch.chdir(tmp_path)
+    docs = Path(__file__).parent.parent.parent / "docs"
+    names: dict[str, Any] = {"__name__": "page"}
+    own = (docs / "train.md").read_text().split("## A model of your own")[1].split("\n## ")[0]
+    for page in ((docs / "bring-your-own-dit.md").read_text(), own):
+        for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(compile(code, "page", "exec"), names)
+    assert (tmp_path / names["adapter"] / "adapter_config.json").exists()
+    reversed_ = names["Backwards"](names["pipe"])
+    assert reversed_.timesteps(torch.tensor(0.25)) == 0.75
