@@ -66,6 +66,11 @@ def class_labels(pipe: Any, captions: Sequence[str]) -> list[int]:
     return labels
 
 
+def any_caption(pipe: Any) -> str:
+    """A caption, or a class, for what does not depend on it."""
+    return "a picture" if accepted(pipe, prompt="") or not accepted(pipe, class_labels=0) else "0"
+
+
 def draw(
     pipe: Any, captions: Sequence[str], seeds: Sequence[int], steps: int, guidance: float | None = None, **options: Any
 ) -> Any:

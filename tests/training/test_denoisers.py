@@ -15,6 +15,7 @@ from shivelight.errors import DataError, TrainingError
 from shivelight.pipelines import draw
 from shivelight.training.denoisers import Denoiser, denoiser_for
 from shivelight.training.denoisers.flow import PackedDenoiser, pack, unpack
+from shivelight.training.losses import shift_sigmas
 
 TEXT = 16
 
@@ -52,10 +53,12 @@ def test_a_prediction_is_what_the_pipeline_computes(name: str) -> None:
         # Half a timestep later is the same one of whole timesteps.
         later = 0.5 if denoiser.loss == "noise" else 0.0
         sigmas = (timestep.float() * denoiser.spec.timestep_scale + later).expand(2) / 1000
-        noisy = unpack(latents, clean.shape) if isinstance(denoiser, PackedDenoiser) else latents
+        noisy = denoiser.unpack(latents, clean.shape) if isinstance(denoiser, PackedDenoiser) else latents
         found = denoiser.predict(pipe.transformer, noisy, sigmas, conditions)
     assert found.shape == clean.shape
-    wanted = unpack(output, clean.shape) if isinstance(denoiser, PackedDenoiser) else output[:, : clean.shape[1]]
+    wanted = (
+        denoiser.unpack(output, clean.shape) if isinstance(denoiser, PackedDenoiser) else output[:, : clean.shape[1]]
+    )
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     with torch.no_grad():  # and it depends on all that it is told
         assert not torch.allclose(found, denoiser.predict(pipe.transformer, noisy, (sigmas + 0.5) % 1, conditions))
@@ -84,7 +87,7 @@ def test_latents_are_what_the_pipeline_decodes(name: str) -> None:
         images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
         encoded = denoiser.encode_images(images)
     pipe.scheduler.step = lambda output, time, latents, **_: _Stepped(
-        pack(encoded) if isinstance(denoiser, PackedDenoiser) else encoded
+        denoiser.pack(encoded) if isinstance(denoiser, PackedDenoiser) else encoded
     )
     draw(pipe, captions_of(name), (0, 1), 1, 1.0, height=side, width=side, max_sequence_length=TEXT)
     video = images[:, :, None] if decoded[0].dim() == 5 else images
@@ -119,6 +122,14 @@ def test_a_dynamic_schedule_goes_by_the_tokens() -> None:
     assert denoiser.tokens(torch.Size((1, 16, 32))) == 128
     assert denoiser.shift(torch.Size((1, 16, 16))) < denoiser.shift(torch.Size((1, 32, 32)))
     assert denoiser_for(captioned("wan")).tokens(torch.Size((16, 2, 4, 4))) == 8
+
+
+def test_flux2_shifts_as_its_pipeline_does_by_default() -> None:
+    pipe = captioned("flux2")
+    pipe(prompt=["a"], height=16, width=16, max_sequence_length=TEXT, guidance_scale=1.0, output_type="latent")
+    denoiser = denoiser_for(pipe)
+    plain = torch.linspace(1, 1 / 50, 50)
+    torch.testing.assert_close(shift_sigmas(plain, denoiser.shift(torch.Size((8, 4, 4)))), pipe.scheduler.sigmas[:50])
 
 
 def test_the_largest_pixart_is_told_the_size() -> None:

@@ -8,6 +8,7 @@ import typer
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from shivelight.adapter import prepare
 from shivelight.cli import common
 from shivelight.config import BlockRouting, DeltaConfig, Reuse, RoutingConfig, TokenRouting
 from shivelight.errors import DataError, TrainingError
@@ -110,16 +111,6 @@ def train(
         flow_weight=flow_weight, gate_target=gate_target, width_target=width_target, gate_signal=gate_signal,
         checkpoint_every=checkpoint_every, preview_every=preview_every, seed=seed,
     )  # fmt: skip
-    # Measured damage is of the backbone's own blocks, run whole: neither deltas nor widths go with it.
-    measures = gate_signal == "damage"
-    widths = (1.0,) if measures else BlockRouting.widths
-    block_routing = BlockRouting(widths=widths, closed="reuse" if reuse else "pass")
-    routing = RoutingConfig(
-        tokens=TokenRouting(ratios=ratios, sees_drift=reuse) if tokens else None,
-        blocks=block_routing if blocks else None,
-        deltas=DeltaConfig(rank, float(rank)) if rank and not measures else None,
-        reuse=Reuse() if reuse and routed else None,
-    )
     found = read_folder(images)
     common.quiet_libraries()
     common.check_device(device)
@@ -131,6 +122,18 @@ def train(
     )
     pipe = common.open_pipeline(pipeline, str(accelerator.device))
     denoiser = denoiser_for(pipe, guidance)
+    # Measured damage is of the backbone's own blocks, run whole: neither deltas nor widths go with it.
+    measures = gate_signal == "damage"
+    narrows = not measures and denoiser.spec.mlps(pipe.transformer)
+    widths = BlockRouting.widths if narrows else (1.0,)
+    block_routing = BlockRouting(widths=widths, closed="reuse" if reuse else "pass")
+    routing = RoutingConfig(
+        tokens=TokenRouting(ratios=ratios, sees_drift=reuse) if tokens else None,
+        blocks=block_routing if blocks else None,
+        deltas=DeltaConfig(rank, float(rank)) if rank and not measures else None,
+        reuse=Reuse() if reuse and routed else None,
+    )
+    prepare(pipe, routing)  # what cannot be routed is said before anything is encoded
     side = size or denoiser.side()
     options = common.call_options(pipe, pipeline, side, max_sequence_length)
     text = options.get("max_sequence_length", call_default(pipe, "max_sequence_length"))

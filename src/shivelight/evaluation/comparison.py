@@ -27,11 +27,9 @@ from shivelight.evaluation.results import new_row
 from shivelight.execution.folding import Delta, FoldedWeights
 from shivelight.execution.planning import Budget
 from shivelight.execution.routed import Routed
-from shivelight.pipelines import draw
+from shivelight.pipelines import any_caption, draw
 
 Progress = Callable[[str], None]
-# For what does not depend on the caption.
-_ANY = "a picture"
 Variant = dict[str, Any]
 # Routers and deltas of one backbone, as `adapter_files.read_adapter` returns them.
 Adapter = tuple[Routed, dict[str, Delta]]
@@ -93,6 +91,8 @@ class Comparison:
         self.pipe, self.setting = pipe, setting
         self.backbone = backbone_of(pipe)
         self._free: dict[str, Adapter] = {}
+        # For what does not depend on the caption.
+        self.any = any_caption(pipe)
         # By the points' names: FLOPs of the blocks over those of the dense ones, of the pictures that were drawn.
         self.realised: dict[str, float] = {}
         routed_of(pipe)
@@ -197,13 +197,13 @@ class Comparison:
         rounds: int,
         warmup: int = 1,
         progress: Progress | None = None,
-        captions: Sequence[str] = (_ANY,),
+        captions: Sequence[str] = (),
     ) -> Timings:
         """One-sample generations, in turns, each round of another of the captions (gates spend what a sample needs); the
         backbone's share is timed inside."""
 
         def runner(steps: int) -> Callable[[], Tensor]:
-            turns = cycle(captions)
+            turns = cycle(captions or [self.any])
             return lambda: self.call([next(turns)], steps)
 
         runs = {point.name: runner(point.steps) for point in points}
@@ -240,9 +240,9 @@ class Comparison:
             self.realised[point.name] = flops / dense
         return torch.cat(parts)
 
-    def counted_flops(self, point: OperatingPoint, captions: Sequence[str] = (_ANY,)) -> float:
+    def counted_flops(self, point: OperatingPoint, captions: Sequence[str] = ()) -> float:
         """FLOPs of the backbone in one generation, counted by torch while it runs (matrix products); the captions' mean."""
-        name = type(self.backbone).__name__
+        name, captions = type(self.backbone).__name__, captions or [self.any]
         # The fused kernels of a CPU are not counted; the plain form of attention has the same products.
         with point.state(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.call(captions, point.steps)
@@ -259,7 +259,7 @@ class Comparison:
             budget, self.routed.budget = self.routed.budget, Budget("keep", 1.0)
             try:
                 with self.routed.switched(True):
-                    self.call([_ANY], 1)
+                    self.call([self.any], 1)
             finally:
                 self.routed.budget = budget
         with point.state():
@@ -268,7 +268,7 @@ class Comparison:
 
     def _peak_memory_mb(self, point: OperatingPoint) -> float | None:
         with point.state():
-            return peak_memory_mb(partial(self.call, [_ANY], point.steps), self.pipe.device)
+            return peak_memory_mb(partial(self.call, [self.any], point.steps), self.pipe.device)
 
     def clock(
         self, timings: Timings, point: OperatingPoint, reference: OperatingPoint, planned: float | None
@@ -293,7 +293,7 @@ class Comparison:
         references: Tensor | None = None,
         network: torch.nn.Module | None = None,
         progress: Progress | None = None,
-        captions: Sequence[str] = (_ANY,),
+        captions: Sequence[str] = (),
     ) -> list[dict[str, Any]]:
         """Rows of results.json; the first point must be the dense reference.
 
@@ -316,7 +316,7 @@ class Comparison:
             figures: dict[str, Any] = {
                 "steps": point.steps, "batch": 1, "guidance": self.setting.guidance,
                 "dtype": str(self.backbone.dtype).removeprefix("torch."), "compiled": False,
-                "flops_ratio": self.counted_flops(point, captions[:2] if gated else (_ANY,)) / dense_flops,
+                "flops_ratio": self.counted_flops(point, captions[:2] if gated else ()) / dense_flops,
                 "realised": self.realised.get(point.name),
                 "planned_ratio": planned, **self.clock(timings, point, reference, planned),
                 "peak_memory_mb": self._peak_memory_mb(point),

@@ -1,9 +1,11 @@
-"""Families trained by flow matching: SD3, Sana, Wan, and FLUX.1 and Qwen-Image, which pack their latents."""
+"""Families trained by flow matching: SD3, Sana, Wan, and FLUX and Qwen-Image, which pack their latents."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
 from shivelight.pipelines import accepted, call_default
@@ -79,14 +81,22 @@ class PackedDenoiser(Denoiser):
             scale = torch.full((len(noisy),), self.guidance, device=noisy.device, dtype=torch.float32)
             conditions = conditions | {"guidance": scale}
         output = backbone(
-            hidden_states=pack(noisy),
+            hidden_states=self.pack(noisy),
             # Rounded before it is scaled, as the pipelines do.
             timestep=self.noise.timesteps(sigmas).to(noisy.dtype) / self.spec.timestep_scale,
             **conditions,
             **self.places(noisy, conditions),
             return_dict=False,
         )[0]
-        return unpack(output, noisy.shape)
+        return self.unpack(output, noisy.shape)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents as tokens [B, N, D]."""
+        return pack(latents)
+
+    def unpack(self, tokens: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `pack`, for latents of this shape."""
+        return unpack(tokens, shape)
 
     def places(self, noisy: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the backbone that say where its tokens are."""
@@ -114,6 +124,55 @@ class FluxDenoiser(PackedDenoiser):
         grid[..., 2] += torch.arange(columns, device=noisy.device)[None]
         text = conditions["encoder_hidden_states"].shape[1]
         return {"img_ids": grid.flatten(0, 1), "txt_ids": noisy.new_zeros(text, 3)}
+
+
+class Flux2Denoiser(PackedDenoiser):
+    """FLUX.2, dev and klein: each place of its latents [B, 4 C, h / 2, w / 2] is a token, normalised by statistics of the VAE."""
+
+    # Their schedule also shifts with the number of sampling steps: those of the pipelines' default.
+    STEPS = 50
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents [B, 4 C, h / 2, w / 2], normalised."""
+        vae = self.pipe.vae
+        raw = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
+        squares = raw.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 2))
+        latents = squares.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+        mean, variance = (values.view(1, -1, 1, 1).to(latents) for values in (vae.bn.running_mean, vae.bn.running_var))
+        return (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
+
+    def encode_captions(self, captions: Sequence[str], max_sequence_length: int | None) -> Conditions:
+        """Prompt embeddings [B, M, J] of three layers of the text encoder."""
+        embeddings, _ = self.pipe.encode_prompt(list(captions), **_length(max_sequence_length))
+        return {"encoder_hidden_states": embeddings}
+
+    def tokens(self, latents: torch.Size) -> int:
+        """One for each place."""
+        return latents[1:].numel()
+
+    def shift(self, latents: torch.Size) -> float:
+        """By tokens and steps, as the pipelines have measured it."""
+        if not getattr(self.pipe.scheduler.config, "use_dynamic_shifting", False):
+            return super().shift(latents)
+        return math.exp(compute_empirical_mu(self.tokens(latents), self.STEPS))
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """[B, D, h, w] -> [B, h w, D]."""
+        return latents.flatten(2).transpose(1, 2)
+
+    def unpack(self, tokens: Tensor, shape: torch.Size) -> Tensor:
+        """[B, h w, D] -> [B, D, h, w]."""
+        return tokens.transpose(1, 2).reshape(shape)
+
+    def places(self, noisy: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
+        """Picture, row, column and place in the text [N, 4] of the image tokens, and [M, 4] of the text."""
+        rows, columns = (torch.arange(side, device=noisy.device) for side in noisy.shape[-2:])
+        text = torch.arange(conditions["encoder_hidden_states"].shape[1], device=noisy.device)
+        first = torch.zeros(1, dtype=torch.int64, device=noisy.device)
+        return {
+            "img_ids": torch.cartesian_prod(first, rows, columns, first),
+            "txt_ids": torch.cartesian_prod(first, first, first, text),
+        }
 
 
 class QwenImageDenoiser(PackedDenoiser):
@@ -167,5 +226,6 @@ FAMILIES: dict[str, type[Denoiser]] = {
     "sana": SanaDenoiser,
     "wan": WanDenoiser,
     "flux": FluxDenoiser,
+    "flux2": Flux2Denoiser,
     "qwen-image": QwenImageDenoiser,
 }
