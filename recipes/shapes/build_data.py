@@ -87,7 +87,9 @@ def placed(vertices: np.ndarray, used: np.ndarray, entry: dict[str, str]) -> np.
     low, high = vertices[used].min(0), vertices[used].max(0)
     size = np.array([float(entry[side]) for side in ("width", "height", "depth")])
     extent = np.maximum(high - low, 1e-9)
-    return (vertices - (low + high) / 2) / extent * (size * LONGEST / size.max()) + shapes.RESOLUTION / 2
+    # A hair less: a face that lies between two cells belongs to the one inside.
+    longest = LONGEST * (1 - 1e-4)
+    return (vertices - (low + high) / 2) / extent * (size * longest / size.max()) + shapes.RESOLUTION / 2
 
 
 def voxels(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:

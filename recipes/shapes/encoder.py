@@ -1,73 +1,127 @@
-"""The encoder that hy3dgen does not have: points of a surface to an unordered set of latents, one about each of a few points.
+"""The encoder that hy3dgen does not have, in closed form: a shape to an unordered set of latents, one about each of 64 points.
 
-As in Hunyuan3D the denoiser knows no order among its tokens, so neither may the latents have one: each starts from a point of the
-shape (farthest point sampling, Qi et al. 2017), attends to all points (Zhang et al. 2023, 3DShape2VecSet, section 5) and says in
-its channels where it is and what is there.
+As in Hunyuan3D the denoiser knows no order among its tokens, so the latents have none either. A latent is a point of the surface
+(farthest point sampling, Qi et al. 2017: the points cover the shape) and the first principal components of the 7 x 7 x 7
+cells around it: where it is, and what the shape is like there. Positions and the first component have deviation 1, later components
+less, in proportion. An encoder that learns, as 3DShape2VecSet's, would say more with as many numbers; this one needs no
+training, and the denoiser can be trained beside the decoder.
+
+    python recipes/shapes/encoder.py        # writes build/shapes/latents.pt, which both training scripts read
 """
 
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-FREQUENCIES = 5
+from shivelight.demo.shapes import RESOLUTION, ShapeData, centres, surface, turned, view
 
+sys.path.append(str(Path(__file__).parents[1]))
+import checkpoint  # noqa: E402
 
-def fourier(points: Tensor) -> Tensor:
-    """[..., 3] in [-1, 1] to [..., 33]: the coordinates, and sines and cosines of pi times 1 to 16 of them."""
-    angles = (points[..., None] * (torch.pi * 2.0 ** torch.arange(FREQUENCIES, device=points.device))).flatten(-2)
-    return torch.cat([points, angles.sin(), angles.cos()], dim=-1)
+LATENTS = 64
+CHANNELS = 12
+RADIUS = 3  # cells around a point
+POSES = 8
+PATCHES = 60  # a shape, that the components are found from
+# Positions of surface points in [-1, 1] deviate about this much.
+SPREAD = 0.45
 
 
 def farthest(points: Tensor, count: int) -> Tensor:
-    """Indices [B, count] into points [B, P, 3]: the first point, then always the one farthest from those chosen."""
-    rows = torch.arange(len(points), device=points.device)
-    chosen = [torch.zeros_like(rows)]
-    distance = torch.full(points.shape[:2], torch.inf, device=points.device)
+    """Indices [count] into points [P, 3]: the first point, then always the one farthest from those chosen; all of them, some
+    twice, where there are fewer."""
+    chosen = [0]
+    distance = torch.full((len(points),), torch.inf)
     for _ in range(count - 1):
-        last = points[rows, chosen[-1]][:, None]
-        distance = torch.minimum(distance, (points - last).square().sum(-1))
-        chosen.append(distance.argmax(-1))
-    return torch.stack(chosen, dim=1)
+        distance = torch.minimum(distance, (points - points[chosen[-1]]).square().sum(-1))
+        chosen.append(int(distance.argmax()))
+    return torch.tensor(chosen)
 
 
-class Attention(nn.Module):
-    """Tokens attend to a context (to themselves where there is none), then an MLP; residual, normalised before."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q, self.to_kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.to_out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
-        """[B, N, D] and [B, M, D] to [B, N, D]."""
-        shape = tokens.shape[-1:]
-        normal = functional.layer_norm(tokens, shape)
-        q = self.to_q(normal)
-        k, v = self.to_kv(normal if context is None else functional.layer_norm(context, shape)).chunk(2, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        tokens = tokens + self.to_out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return tokens + self.mlp(functional.layer_norm(tokens, shape))
+def patches(grid: Tensor, cells: Tensor) -> Tensor:
+    """float [n, 343]: the cells around each of some cells (flat indices [n]) of a bool grid; outside is empty."""
+    padded = torch.nn.functional.pad(grid, (RADIUS,) * 6).flatten()
+    side = RESOLUTION + 2 * RADIUS
+    reach = torch.arange(2 * RADIUS + 1)
+    around = ((reach[:, None, None] * side + reach[:, None]) * side + reach).flatten()
+    corner = ((cells // RESOLUTION**2) * side + cells // RESOLUTION % RESOLUTION) * side + cells % RESOLUTION
+    return padded[corner[:, None] + around].float()
 
 
-class SurfaceEncoder(nn.Module):
-    """Points [B, P, 3] of a surface to latents [B, N, C]."""
+def moves() -> list[Tensor]:
+    """For each pose, where every cell (flat index) goes."""
+    cells = torch.arange(RESOLUTION**3).reshape((RESOLUTION,) * 3)
+    return [turned(cells, pose).flatten().argsort() for pose in range(POSES)]
 
-    def __init__(self, latents: int, channels: int, width: int = 128, heads: int = 4, layers: int = 1) -> None:
-        super().__init__()
-        self.latents = latents
-        self.embed = nn.Linear(3 + 6 * FREQUENCIES, width)
-        self.cross = Attention(width, heads)
-        self.blocks = nn.ModuleList(Attention(width, heads) for _ in range(layers))
-        self.out = nn.Linear(width, channels)
 
-    def forward(self, points: Tensor) -> Tensor:
-        """The first points should be as good as random: farthest point sampling looks at four times the latents."""
-        few = points[:, : 4 * self.latents]
-        index = farthest(few, self.latents)
-        queries = few.gather(1, index[..., None].expand(-1, -1, 3))
-        tokens = self.cross(self.embed(fourier(queries)), self.embed(fourier(points)))
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.out(functional.layer_norm(tokens, tokens.shape[-1:]))
+def components(grids: Tensor) -> dict[str, Tensor]:
+    """{"mean" [343], "basis" [343, CHANNELS - 3]} of patches around random surface cells in all poses."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for index, grid in enumerate(grids):
+        pose = turned(grid, index % POSES)
+        cells = surface(pose).flatten().nonzero().squeeze(1)
+        found.append(patches(pose, cells[torch.randint(len(cells), (PATCHES,), generator=generator)]))
+    every = torch.cat(found)
+    mean = every.mean(0)
+    values, vectors = torch.linalg.eigh((every - mean).T.cov())
+    explained = values.flip(0).clamp(min=0)
+    print(f"{CHANNELS - 3} components hold {explained[: CHANNELS - 3].sum() / explained.sum():.2f} of the variance")
+    return {"mean": mean, "basis": vectors.flip(1)[:, : CHANNELS - 3] / explained[0].sqrt()}
+
+
+def encode(grid: Tensor, poses: list[Tensor], parts: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    """Latents [P, LATENTS, CHANNELS] of a bool grid in the given poses, from one random choice of points."""
+    cells = surface(grid).flatten().nonzero().squeeze(1)
+    cells = cells[torch.randperm(len(cells), generator=generator)]
+    places = centres().reshape(-1, 3)
+    cells = cells[farthest(places[cells], LATENTS)]
+    rows = []
+    for pose, move in enumerate(poses):
+        moved = move[cells]
+        around = (patches(turned(grid, pose), moved) - parts["mean"]) @ parts["basis"]
+        rows.append(torch.cat([places[moved] / SPREAD, around], dim=-1))
+    return torch.stack(rows)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What `main` wrote: by split {"latents" [n, P, E, N, C], "grids" bool [n, 32, 32, 32], "views" uint8 [n, P, 32, 32]}, of n
+    shapes in P poses (1 where held out), each encoded E times."""
+    state = checkpoint.load(path)
+    if state is None:
+        raise SystemExit(f"There are no latents {path}: run recipes/shapes/encoder.py first.")
+    return state
+
+
+def main() -> None:
+    """Encode every split, once."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encodings", type=int, default=2, help="choices of points for each training shape")
+    parser.add_argument("--out", type=Path, default=Path("build/shapes/latents.pt"))
+    args = parser.parse_args()
+    data, every, began = ShapeData(), moves(), time.time()
+    parts = components(data.grids("train"))
+    state: dict[str, Any] = {"parts": parts}
+    for split in ("train", "validation", "test"):
+        grids, generator = data.grids(split), torch.Generator().manual_seed(0)
+        poses = every if split == "train" else every[:1]
+        times = args.encodings if split == "train" else 1
+        latents = [torch.stack([encode(grid, poses, parts, generator) for _ in range(times)], dim=1) for grid in grids]
+        views = [np.stack([np.asarray(view(turned(grid, pose))) for pose in range(len(poses))]) for grid in grids]
+        state[split] = {
+            "latents": torch.stack(latents).half(), "grids": grids, "views": torch.from_numpy(np.stack(views)),
+        }  # fmt: skip
+        deviation = state[split]["latents"].float().flatten(0, -2).std(0)
+        print(
+            f"{split}: {time.time() - began:.0f} s, deviations {[round(v, 2) for v in deviation.tolist()]}", flush=True
+        )
+    checkpoint.save(args.out, state)
+
+
+if __name__ == "__main__":
+    main()

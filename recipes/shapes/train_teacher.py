@@ -1,12 +1,13 @@
-"""Train a dense teacher of shapes: Hunyuan3DDiT and a small view conditioner on the latents of train_autoencoder.py.
+"""Train a dense teacher of shapes: Hunyuan3DDiT and a small view conditioner on the latents of encoder.py.
 
-    python recipes/shapes/train_autoencoder.py
+    python recipes/shapes/encoder.py
+    python recipes/shapes/train_decoder.py                         # may run at the same time
     python recipes/shapes/train_teacher.py --steps 3000            # resumes from --work by itself
 
 Flow matching in hy3dgen's convention: at time t from 0 to 1 the input is (1 - t) noise + t data, and what is learnt is the
-velocity data - noise. Times are logit-normal, conditions are dropped for guidance. Each epoch of a shape is one of 8 poses and one
-of some encodings (the set of latents depends on the points that the encoder was given). What is written is the exponential
-moving average: `pipeline.pt`, which `shivelight.demo.shape_pipeline.open_pipeline` reads.
+velocity data - noise. Times are logit-normal, conditions are dropped for guidance. What is written is the exponential moving
+average with the decoder as it is by then: `pipeline.pt`, which `shivelight.demo.shape_pipeline.open_pipeline` reads. Called again
+when all steps are done, it writes that file anew.
 """
 
 import argparse
@@ -15,15 +16,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
+import encoder
 import optimizing
 import torch
+from encoder import POSES
 from PIL import Image
 from torch import Tensor, nn
-from train_autoencoder import POSES, Autoencoder, Cells, open_autoencoder
 
-from shivelight.demo import shape_pipeline
-from shivelight.demo.shapes import ShapeData, turned, view
+from shivelight.demo import hunyuan3d, shape_pipeline
+from shivelight.demo.shapes import view
 from shivelight.evaluation.shapes import chamfer, iou
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -50,41 +51,30 @@ class Teacher(nn.Module):
         return self.denoiser(noisy, times, contexts)
 
 
-@torch.no_grad()
-def encode(model: Autoencoder, split: str, encodings: int, path: Path) -> dict[str, Tensor]:
-    """{"latents" [n, E, N, C] in half, not scaled, "views" uint8 [n, 32, 32]} of all 8 poses, or one; made once, then read."""
-    if (state := checkpoint.load(path)) is not None:
-        return state
-    grids = ShapeData().grids(split)
-    poses = range(POSES if split == "train" else 1)
-    grids = torch.cat([turned(grids, pose) for pose in poses])
-    cells, rounds, began = Cells(grids), [], time.time()
-    for encoding in range(encodings):
-        generator = torch.Generator().manual_seed(encoding)
-        batches = torch.arange(len(grids)).split(64)
-        parts = [model.encoder(cells.points(batch.tolist(), generator)) for batch in batches]
-        rounds.append(torch.cat(parts).half())
-        print(f"{split}: encoding {encoding + 1} of {encodings}, {time.time() - began:.0f} s", flush=True)
-    views = torch.from_numpy(np.stack([np.asarray(view(grid)) for grid in grids]))
-    print(f"{split}: {len(views)} views, {time.time() - began:.0f} s", flush=True)
-    state = {"latents": torch.stack(rounds, dim=1), "views": views}
-    checkpoint.save(path, state)
-    return state
-
-
-def picture(pipe: object, grids: Tensor, views: list[Image.Image], path: Path, steps: int) -> None:
-    """Write rows of views: the condition above what was generated from it; print how near that is to the true shape."""
-    made = shape_pipeline.occupancy(pipe, shape_pipeline.generate(pipe, views, steps))
-    rows = [views, [view(grid) for grid in made]]
+def export(average: Teacher, vae_file: Path, held_out: dict[str, Tensor], work: Path, name: str) -> None:
+    """Write `pipeline.pt` and a picture: views of validation shapes above what is generated from them, by the pipeline itself;
+    print how near that is to the true shapes. Nothing where there is no decoder yet."""
+    state = checkpoint.load(vae_file)
+    if state is None:
+        return
+    vae = hunyuan3d.load().ShapeVAE(**state["settings"])
+    vae.load_state_dict(state["model"])
+    pipe = shape_pipeline.build_pipeline(
+        vae.eval(), copy.deepcopy(average.denoiser).eval(), copy.deepcopy(average.conditioner).eval()
+    )
+    shape_pipeline.save_pipeline(pipe, average.settings | {"vae": state["settings"]}, work / "pipeline.pt")
+    shown = slice(0, None, 3)
+    grids, views = held_out["grids"][shown], [Image.fromarray(v.numpy()) for v in held_out["views"][shown, 0]]
+    made = shape_pipeline.occupancy(pipe, shape_pipeline.generate(pipe, views, 25))
     sheet = Image.new("L", (32 * len(views), 64))
-    for row, pictures in enumerate(rows):
+    for row, pictures in enumerate((views, [view(grid) for grid in made])):
         for column, image in enumerate(pictures):
             sheet.paste(image, (32 * column, 32 * row))
-    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(path)
+    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(work / f"preview-{name}.png")
     distance = chamfer(made, grids)
     near = distance[distance.isfinite()]
     print(
-        f"{path.name}: IoU with the true shapes {iou(made, grids).mean():.3f}, Chamfer {near.mean():.4f}, "
+        f"preview-{name}: IoU with the true shapes {iou(made, grids).mean():.3f}, Chamfer {near.mean():.4f}, "
         f"{len(distance) - len(near)} empty of {len(grids)}",
         flush=True,
     )
@@ -113,9 +103,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--double", type=int, default=3)
     parser.add_argument("--single", type=int, default=6)
-    parser.add_argument("--encodings", type=int, default=2, help="sets of latents of each pose of each shape")
     parser.add_argument("--minutes", type=float, help="end after so many, the learning rate falling by the clock")
-    parser.add_argument("--autoencoder", type=Path, default=Path("build/shapes/autoencoder/autoencoder.pt"))
+    parser.add_argument("--latents", type=Path, default=Path("build/shapes/latents.pt"))
+    parser.add_argument("--decoder", type=Path, default=Path("build/shapes/decoder/vae.pt"))
     parser.add_argument("--work", type=Path, default=Path("build/shapes/teacher"))
     parser.add_argument("--export", type=int, default=500)
     args = parser.parse_args()
@@ -123,23 +113,11 @@ def main() -> None:
     # Before hy3dgen is imported, which takes torch's attention by its name.
     checkpoint.use_plain_attention(torch.device("cpu"))
     args.work.mkdir(parents=True, exist_ok=True)
-    autoencoder = open_autoencoder(args.autoencoder)
-    decoder, scale = autoencoder.settings, autoencoder.settings["scale_factor"]
-    train = encode(autoencoder, "train", args.encodings, args.work / "train.pt")
-    held_out = encode(autoencoder, "validation", 1, args.work / "validation.pt")
-    latents, views = train["latents"], train["views"]
-    held_latents = held_out["latents"][:, 0].float() * scale
-    held_views = held_out["views"][:, None].float() / 255
-    shown = list(range(0, len(held_views), 3))
-    true_grids = ShapeData().grids("validation")[shown]
-    pictures = [Image.fromarray(held_out["views"][index].numpy()) for index in shown]
-
-    conditioner = {"width": 128}
-    teacher = Teacher(
-        {"channels": decoder["embed_dim"], "context": 128}
-        | {name: getattr(args, name) for name in ("width", "double", "single")},
-        conditioner,
-    )
+    data = encoder.load(args.latents)
+    latents, views, held_out = data["train"]["latents"], data["train"]["views"], data["validation"]
+    held_latents, held_views = held_out["latents"][:, 0, 0].float(), held_out["views"][:, :1].float() / 255
+    sizes = {name: getattr(args, name) for name in ("width", "double", "single")}
+    teacher = Teacher({"channels": encoder.CHANNELS, "context": 128} | sizes, {"width": 128})
     average = copy.deepcopy(teacher).requires_grad_(False)
     optimizers = optimizing.build(teacher, args.lr, lambda name: "blocks" in name and "mod" not in name)
     start, spent = 0, 0.0
@@ -155,14 +133,15 @@ def main() -> None:
     for step in range(start, args.steps):
         generator = torch.Generator().manual_seed(step)
         picks = torch.randint(len(latents), (args.batch,), generator=generator)
-        which = torch.randint(latents.shape[1], (args.batch,), generator=generator)
-        clean = latents[picks, which].float() * scale
+        poses = torch.randint(POSES, (args.batch,), generator=generator)
+        times_encoded = torch.randint(latents.shape[2], (args.batch,), generator=generator)
+        clean = latents[picks, poses, times_encoded].float()
         noise = torch.randn(clean.shape, generator=generator)
         times = torch.sigmoid(torch.randn(args.batch, generator=generator))
         dropped = torch.rand(args.batch, generator=generator) < CONDITION_DROP
         noisy = torch.lerp(noise, clean, times[:, None, None])
         with torch.autocast("cpu", torch.bfloat16):
-            velocity = teacher(noisy, times, views[picks][:, None].float() / 255, dropped)
+            velocity = teacher(noisy, times, views[picks, poses][:, None].float() / 255, dropped)
         loss = (velocity.float() - (clean - noise)).square().mean()
         seconds = time.time() - began
         progress = step / args.steps if args.minutes is None else min(1.0, seconds / (60 * args.minutes))
@@ -179,13 +158,10 @@ def main() -> None:
             checkpoint.save(args.work / "state.pt", state)
             loss_there = validation_loss(average.eval(), held_latents, held_views)
             print(f"step {step + 1}: validation loss {loss_there:.4f}", flush=True)
-            pipe = shape_pipeline.build_pipeline(
-                autoencoder.decoder, copy.deepcopy(average.denoiser), copy.deepcopy(average.conditioner)
-            )
-            shape_pipeline.save_pipeline(pipe, teacher.settings | {"vae": decoder}, args.work / "pipeline.pt")
-            picture(pipe, true_grids, pictures, args.work / f"preview-{step + 1}.png", 25)
+            export(average, args.decoder, held_out, args.work, str(step + 1))
         if last:
-            break
+            return
+    export(average.eval(), args.decoder, held_out, args.work, str(start))
 
 
 if __name__ == "__main__":

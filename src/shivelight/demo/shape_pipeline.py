@@ -22,6 +22,25 @@ STEPS = 50
 GUIDANCE = 3.0
 
 
+class _Block(nn.Module):
+    """Self-attention and an MLP, residual, normalised before: [B, N, D] to the same."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.to_qkv, self.to_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The tokens after this block."""
+        qkv = self.to_qkv(self.norm1(tokens)).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        tokens = tokens + self.to_out(attended.transpose(1, 2).flatten(2))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
 class ViewConditioner(nn.Module):
     """Views float [B, 1, 32, 32] in [0, 1] to 16 tokens, in the form in which Hunyuan3D's pipeline asks for a condition.
 
@@ -33,8 +52,7 @@ class ViewConditioner(nn.Module):
         self.tokens = (VIEW_SIZE // PATCH) ** 2
         self.patches = nn.Conv2d(2, width, PATCH, stride=PATCH)
         self.places = nn.Parameter(0.02 * torch.randn(1, self.tokens, width))
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(layers)), nn.LayerNorm(width))
 
     def forward(self, image: Tensor, **_: Any) -> dict[str, Tensor]:
         """{"main": [B, 16, D]}."""
