@@ -5,6 +5,7 @@ All share the latents of `train_autoencoder.py`, the tokenizer, a width of 192 a
 """
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -21,86 +22,33 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SchedulerMixin,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from tokenizers import Tokenizer, models, trainers
+from text_encoders import TEXT_TOKENS, TEXT_WIDTH, attention_mask, build_t5, clip_config, load_trained
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from shivelight.demo.data import EmojiData
 
-TEXT_WIDTH = 96
-TEXT_TOKENS = 16
+RECORD = "teacher.json"
 LATENT_CHANNELS = 8
 # SD3's own. Which object and where is decided above t = 0.8, and the plain logit-normal draws 8% of its times there.
 SHIFT = 3.0
 
 
-def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP BPE tokenizer trained on every caption of the full set; reused if it is already there."""
-    if (folder / "tokenizer_config.json").exists():
-        return CLIPTokenizer.from_pretrained(folder)
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    template = CLIPTokenizer()
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
-    tokenizer.normalizer = template.backend_tokenizer.normalizer
-    tokenizer.pre_tokenizer = template.backend_tokenizer.pre_tokenizer
-    trainer = trainers.BpeTrainer(vocab_size=3000, special_tokens=[start, end], end_of_word_suffix="</w>")
-    tokenizer.train_from_iterator((str(c) for c in EmojiData("full").captions()), trainer)
-    tokenizer.model.save(str(folder))
-    trained = CLIPTokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=TEXT_TOKENS
-    )
-    trained.save_pretrained(folder)
-    return trained
+def concept_of(caption: str) -> str:
+    """The thing that a caption puts on a background."""
+    return caption.rsplit(" on ", 1)[0]
 
 
-def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    """Three layers of width 96."""
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        projection_dim=TEXT_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=TEXT_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def build_t5(tokenizer: CLIPTokenizer) -> T5EncoderModel:
-    """Two layers of width 96, over the ids of the CLIP tokenizer."""
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=TEXT_WIDTH,
-            d_kv=24,
-            d_ff=2 * TEXT_WIDTH,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def attention_mask(ids: Tensor, end: int) -> Tensor:
-    """1 up to and with the first end-of-text token of ids [B, M], as the tokenizer gives it: its padding is that token too."""
-    ended = (ids == end).long()
-    return (ended.cumsum(1) - ended == 0).long()
+def known_concepts(pipeline: Path) -> set[str]:
+    """What an exported teacher was trained on, by its teacher.json; the basic set where there is none."""
+    record = pipeline / RECORD
+    if record.exists():
+        return set(json.loads(record.read_text())["concepts"])
+    return {concept.label for concept in EmojiData().concepts}
 
 
 def initialise(transformer: nn.Module, zeros: tuple[str, ...], top: tuple[str, ...]) -> None:
@@ -116,13 +64,17 @@ class Teacher(nn.Module):
     """Transformer and text encoders as one module to train.
 
     Attributes:
+        kind: the pipeline's class.
         parts: names of the trained modules, here and in the pipeline.
+        absent: names of what the pipeline may have and this one does not.
         steps: of the previews.
         guidance: name and value of the pipeline's argument.
         options: further arguments of every pipeline call.
     """
 
+    kind: type[DiffusionPipeline]
     parts: tuple[str, ...]
+    absent: tuple[str, ...] = ()
     steps = 25
     guidance: tuple[str, float] = ("guidance_scale", 4.0)
 
@@ -149,15 +101,18 @@ class Teacher(nn.Module):
         """The prediction [B, 8, S, S] for latents and timesteps as `corrupt` gives them."""
         raise NotImplementedError
 
-    def components(self) -> tuple[type[DiffusionPipeline], dict[str, Any]]:
-        """The pipeline's class, and what it needs beside the trained parts and the VAE."""
-        raise NotImplementedError
+    def scheduler(self) -> SchedulerMixin:
+        """What samples: rectified flow's Euler steps, shifted as in training."""
+        return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
 
     def pipeline(self, vae: AutoencoderTiny) -> DiffusionPipeline:
-        """The pipeline in fp16, on copies of the weights."""
-        kind, others = self.components()
+        """The pipeline in fp16, on copies of the weights; every text encoder has the same tokenizer."""
         trained = {name: copy.deepcopy(getattr(self, name)).half() for name in self.parts}
-        return kind(vae=copy.deepcopy(vae).half(), **trained, **others)
+        tokenizers = {
+            name.replace("text_encoder", "tokenizer"): self.tokenizer for name in self.parts if name != "transformer"
+        }
+        others = trained | tokenizers | dict.fromkeys(self.absent)
+        return self.kind(vae=copy.deepcopy(vae).half(), scheduler=self.scheduler(), **others)
 
     def sample(self, pipe: DiffusionPipeline, prompts: list[str]) -> Tensor:
         """Pictures [n, 3, H, W] in [0, 1] from the pipeline, with seed 0."""
@@ -179,23 +134,18 @@ class Teacher(nn.Module):
             module.load_state_dict(type(module).from_pretrained(folder / name, dtype=torch.float32).state_dict())
 
     def load_text(self, folder: Path) -> None:
-        """Start the text encoders from the first one of a trained SD3 pipeline: CLIP whole, T5 with its token embeddings."""
-        source = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder", dtype=torch.float32).text_model
+        """Start the text encoders from those of a trained SD3 pipeline."""
         for name in self.parts:
-            module = getattr(self, name)
-            if isinstance(module, CLIPTextModel):
-                inner = getattr(module, "text_model", module)
-                inner.load_state_dict(source.state_dict())
-            elif isinstance(module, T5EncoderModel):
-                tokens = source.embeddings.token_embedding.weight.data
-                # T5 begins with embeddings of variance 1 and normalises only what it adds to them.
-                module.shared.weight.data.copy_(tokens / tokens.std())
+            if name.startswith("text_encoder"):
+                load_trained(getattr(self, name), folder)
 
 
 class SD3Teacher(Teacher):
     """SD3.5-Medium in small: RMS qk-norm, dual attention in the first two blocks; two CLIP text encoders, no T5."""
 
+    kind = StableDiffusion3Pipeline
     parts = ("transformer", "text_encoder", "text_encoder_2")
+    absent = ("text_encoder_3", "tokenizer_3")
 
     def __init__(self, tokenizer: CLIPTokenizer, tokens: int, width: int, layers: int | None) -> None:
         super().__init__(tokenizer, tokens)
@@ -226,20 +176,12 @@ class SD3Teacher(Teacher):
         pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
         return self.transformer(noisy, embeddings, pooled, timestep, return_dict=False)[0]
 
-    def components(self) -> tuple[type[DiffusionPipeline], dict[str, Any]]:
-        return StableDiffusion3Pipeline, {
-            "scheduler": FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-            "tokenizer": self.tokenizer,
-            "tokenizer_2": self.tokenizer,
-            "text_encoder_3": None,
-            "tokenizer_3": None,
-        }
-
 
 class FluxTeacher(Teacher):
     """FLUX.1 in small: three double and six single blocks with RoPE; CLIP gives the pooled embedding, T5 the sequence. Not
     distilled: guidance is the pipeline's `true_cfg_scale`, two passes a step."""
 
+    kind = FluxPipeline
     parts = ("transformer", "text_encoder", "text_encoder_2")
     guidance = ("true_cfg_scale", 4.0)
 
@@ -258,9 +200,7 @@ class FluxTeacher(Teacher):
             pooled_projection_dim=TEXT_WIDTH,
             axes_dims_rope=(8, 28, 28),
         )
-        initialise(
-            self.transformer, ("norm1.linear", "norm1_context.linear", ".norm.linear"), ("proj_out", "norm_out")
-        )
+        initialise(self.transformer, ("norm1.linear", "norm1_context.linear", ".norm.linear"), ("proj_out", "norm_out"))
         self.text_encoder = CLIPTextModel(clip_config(tokenizer))
         self.text_encoder_2 = build_t5(tokenizer)
 
@@ -279,19 +219,13 @@ class FluxTeacher(Teacher):
         )[0]
         return FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
 
-    def components(self) -> tuple[type[DiffusionPipeline], dict[str, Any]]:
-        return FluxPipeline, {
-            "scheduler": FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-            "tokenizer": self.tokenizer,
-            "tokenizer_2": self.tokenizer,
-        }
-
 
 class PixArtTeacher(Teacher):
     """PixArt-Sigma in small: eight blocks with cross-attention to T5; noise prediction under DDPM's linear betas, sampled by
     DPM-Solver++. Of the 16 output channels only the first eight are trained; the others, the variance, stay as they began,
     and the pipeline drops them."""
 
+    kind = PixArtSigmaPipeline
     parts = ("transformer", "text_encoder")
     steps = 20
 
@@ -333,11 +267,9 @@ class PixArtTeacher(Teacher):
         )[0]
         return both.chunk(2, dim=1)[0]
 
-    def components(self) -> tuple[type[DiffusionPipeline], dict[str, Any]]:
-        return PixArtSigmaPipeline, {
-            "scheduler": DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
-            "tokenizer": self.tokenizer,
-        }
+    def scheduler(self) -> SchedulerMixin:
+        """DPM-Solver++ on the betas of `corrupt`."""
+        return DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
 
 
 FAMILIES: dict[str, type[Teacher]] = {"sd3": SD3Teacher, "flux": FluxTeacher, "pixart": PixArtTeacher}

@@ -24,7 +24,8 @@ import checkpoint
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
-from teachers import FAMILIES, TEXT_TOKENS, Teacher, build_tokenizer
+from teachers import FAMILIES, RECORD, Teacher, concept_of
+from text_encoders import TEXT_TOKENS, build_tokenizer
 
 from shivelight.demo.data import EmojiData
 
@@ -81,7 +82,7 @@ def export(teacher: Teacher, vae: AutoencoderTiny, record: dict[str, Any], folde
 
     def write(unfinished: Path) -> None:
         pipe.save_pretrained(unfinished)
-        (unfinished / "teacher.json").write_text(json.dumps(record, indent=1) + "\n")
+        (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
     checkpoint.save_folder(write, folder)
     return pipe
@@ -98,7 +99,9 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, help="only the first so many concepts of the subset")
     parser.add_argument("--tokens", type=int, default=256, help="image tokens: 256 for 128 px, 1024 for 256 px")
     parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--layers", type=int, help="blocks, 8 by default; of FLUX double ones, 3, and twice as many single")
+    parser.add_argument(
+        "--layers", type=int, help="blocks, 8 by default; of FLUX double ones, 3, and twice as many single"
+    )
     parser.add_argument("--pool", type=int, default=16000, help="pictures rendered and encoded once")
     parser.add_argument("--vae", type=Path, default=Path("build/autoencoder/vae"))
     parser.add_argument("--work", type=Path, default=Path("build/teacher"))
@@ -107,7 +110,9 @@ def main() -> None:
     parser.add_argument(
         "--init", type=Path, help="pipeline folder of the same family whose weights a new run starts from"
     )
-    parser.add_argument("--text", type=Path, help="SD3 pipeline folder whose text encoder a new run of a family starts from")
+    parser.add_argument(
+        "--text", type=Path, help="SD3 pipeline folder whose text encoder a new run of a family starts from"
+    )
     parser.add_argument(
         "--minutes",
         type=float,
@@ -121,19 +126,17 @@ def main() -> None:
     vae = AutoencoderTiny.from_pretrained(args.vae, dtype=torch.float32)
     teacher = FAMILIES[args.family](build_tokenizer(args.work), args.tokens, args.width, args.layers).to(device)
     labels = [concept.label for concept in EmojiData(args.subset).concepts[: args.concepts]]
-
-    def known(caption: str) -> bool:
-        return caption.rsplit(" on ", 1)[0] in labels
-
     pool = encode_pool(
         vae, args.subset, args.pool, 8 * math.isqrt(args.tokens), args.work / f"pool-{args.subset}-{args.tokens}.pt"
     )
-    chosen = [i for i, caption in enumerate(pool["captions"]) if i >= HELD_OUT and known(caption)]
+    chosen = [i for i, caption in enumerate(pool["captions"]) if i >= HELD_OUT and concept_of(caption) in labels]
     latents = (pool["latents"][chosen].float() * vae.config.scaling_factor).to(device)
     ids = teacher.ids([pool["captions"][i] for i in chosen]).to(device)
     empty = teacher.ids([""]).to(device)
     del pool
-    validation = [str(caption) for caption in EmojiData(args.subset).captions("validation") if known(str(caption))]
+    validation = [
+        str(caption) for caption in EmojiData(args.subset).captions("validation") if caption.concept.label in labels
+    ]
     record = {
         "family": args.family,
         "subset": args.subset,
