@@ -15,9 +15,7 @@ independent.
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +40,6 @@ OUT = Path("benchmarks/results/families-quality.json")
 FEWEST = 40
 
 
-class FamilyComparison(Comparison):
-    """A comparison whose negative prompt, where the setting has one, is said once for each caption."""
-
-    def call(self, captions: Sequence[str], steps: int, first_seed: int | None = None) -> torch.Tensor:
-        """Pictures [n, 3, H, W] in [0, 1] of some captions, in the state that is in force."""
-        setting = self.setting
-        if (negative := setting.options.get("negative_prompt")) is not None:
-            self.setting = replace(setting, options=setting.options | {"negative_prompt": [negative] * len(captions)})
-        try:
-            return super().call(captions, steps, first_seed)
-        finally:
-            self.setting = setting
-
-
 def teacher_of(folder: Path | None) -> dict[str, Any]:
     """What the recipe wrote beside the pipeline; of the embedded one, what it was trained with."""
     record = None if folder is None else folder / "teacher.json"
@@ -65,18 +49,9 @@ def teacher_of(folder: Path | None) -> dict[str, Any]:
         "subset": "basic",
         "concepts": [concept.label for concept in EmojiData().concepts],
         "steps": embedded.STEPS,
-        "guidance": {"guidance_scale": embedded.GUIDANCE},
+        "guidance": embedded.GUIDANCE,
         "options": {"max_sequence_length": embedded.TEXT_TOKENS},
     }
-
-
-def setting_of(teacher: dict[str, Any], steps: int | None, batch: int) -> Setting:
-    """How the teacher is sampled; guidance by another name than diffusers' usual one stands in the options."""
-    ((name, scale),) = teacher["guidance"].items()
-    options = dict(teacher["options"])
-    if name != "guidance_scale":
-        options[name] = scale
-    return Setting(steps or teacher["steps"], scale, 0, batch, options)
 
 
 def captions_of(teacher: dict[str, Any], count: int, seeds: int) -> tuple[EmojiData, list[Caption]]:
@@ -87,7 +62,7 @@ def captions_of(teacher: dict[str, Any], count: int, seeds: int) -> tuple[EmojiD
 
 
 def table(
-    comparison: Comparison, adapters: Sequence[Path], computes: Sequence[float]
+    comparison: Comparison, adapters: Sequence[Path], computes: Sequence[float], axes: Sequence[str]
 ) -> tuple[list[OperatingPoint], list[str]]:
     """Dense, then at each budget fewer steps, routing without training and the adapters; and why some are left out."""
     loaded = [read_adapter(comparison.pipe, folder) for folder in adapters]
@@ -95,7 +70,8 @@ def table(
     for compute in computes:
         points.append(comparison.dense(max(1, round(compute * comparison.setting.steps))))
         free, missing = training_free_points(comparison, compute=compute)
-        points += free
+        wanted = {"training-free" if axis == "tokens" else f"training-free-{axis}" for axis in axes}
+        points += [point for point in free if point.method in wanted]
         reasons += missing
         for folder, adapter in zip(adapters, loaded, strict=True):
             for point in adapter_points(comparison, adapter, ablations=False, compute=compute):
@@ -110,13 +86,12 @@ def table(
 
 def judge(
     comparison: Comparison, points: Sequence[OperatingPoint], data: EmojiData, chosen: Sequence[Caption], rounds: int
-) -> list[dict[str, Any]]:
-    """Times the points in turns, draws them all, and compares each with the dense pictures and with the data."""
+) -> Iterator[dict[str, Any]]:
+    """Times the points in turns, then draws one after the other and compares it with the dense pictures and with the data."""
     captions = [str(caption) for caption in chosen]
-    timings = comparison.time(points, rounds, captions=captions, progress=lambda name: print("timed", name, flush=True))
+    timings = comparison.time(points, rounds, captions=captions)
     network = feature_network("efflite0").to(comparison.pipe.device)
     real = extract_features(to_tensor([data.render(c, seed) for seed, c in enumerate(chosen)]), network)
-    rows: list[dict[str, Any]] = []
     dense, dense_features = torch.empty(0), torch.empty(0)
     for point in points:
         planned, drawn = comparison.planned(point), comparison.pictures(point, captions)
@@ -127,17 +102,27 @@ def judge(
         else:
             figures |= fidelity_to_dense(drawn, dense, comparison.setting.seed).estimates()
             figures["kid_to_dense"] = kid_difference(real, features, dense_features)
-        rows.append(
-            new_row(
-                point.method, point.budget, steps=point.steps, batch=1, guidance=comparison.setting.guidance,
-                dtype=str(comparison.backbone.dtype).removeprefix("torch."), samples=len(drawn), planned_ratio=planned,
-                realised=comparison.realised.get(point.name),
-                **comparison.clock(timings, point, points[0], planned), **figures,
-            )
+        yield new_row(
+            point.method, point.budget, steps=point.steps, batch=1, guidance=comparison.setting.guidance,
+            dtype=str(comparison.backbone.dtype).removeprefix("torch."), samples=len(drawn), planned_ratio=planned,
+            realised=comparison.realised.get(point.name),
+            **comparison.clock(timings, point, points[0], planned), **figures,
         )  # fmt: skip
-        shown = ("planned_ratio", "speedup", "psnr_to_dense", "ssim_to_dense", "kid", "kid_to_dense")
-        print(point.name, {name: round(rows[-1][name], 3) for name in shown if name in rows[-1]}, flush=True)
-    return rows
+
+
+def save(path: Path, family: str, measured: dict[str, Any], rows: Sequence[dict[str, Any]], device: str) -> None:
+    """Put the rows of a family in the place of its former ones."""
+    before = read_results(path) if path.exists() else {"rows": [], "families": {}}
+    results = new_results(
+        device=device,
+        split="test",
+        feature_network="efflite0",
+        backbone={"class": "small, trained, one of each family"},
+    )
+    results["families"] = before["families"] | {family: measured}
+    results["rows"] = [row for row in before["rows"] if row["family"] != family]
+    results["rows"] += [row | {"family": family} for row in rows]
+    write_results(path, results)
 
 
 def main() -> None:
@@ -147,6 +132,10 @@ def main() -> None:
     parser.add_argument(
         "--adapter", type=Path, action="append", help="folder; of the embedded pipeline its own by default"
     )
+    parser.add_argument(
+        "--axes", nargs="+", choices=["tokens", "blocks", "both"], default=["tokens", "blocks", "both"],
+        help="of routing without training",
+    )  # fmt: skip
     parser.add_argument("--compute", type=float, nargs="+", default=[0.7, 0.5, 0.35])
     parser.add_argument("--count", type=int, default=64, help="captions")
     parser.add_argument("--seeds", type=int, default=1, help="pictures of each caption")
@@ -165,28 +154,28 @@ def main() -> None:
     if len(chosen) < FEWEST:
         parser.error(f"{len(chosen)} pictures; an interval of KID needs {FEWEST}: raise --count or --seeds")
     sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks"))
-    comparison = FamilyComparison(pipe, setting_of(teacher, args.steps, args.batch))
+    setting = Setting(args.steps or teacher["steps"], teacher["guidance"], 0, args.batch, teacher["options"])
+    comparison = Comparison(pipe, setting)
     family = comparison.routed.spec.name
-    points, reasons = table(comparison, args.adapter or shipped, args.compute)
+    points, reasons = table(comparison, args.adapter or shipped, args.compute, args.axes)
     for reason in reasons:
         print("left out:", reason)
-    print(f"{family}: {len(points)} rows, {len(chosen)} pictures of {len(set(chosen))} captions each", flush=True)
-    rows = judge(comparison, points, data, chosen, args.rounds)
-
-    results = new_results(device=args.device, split="test", feature_network="efflite0")
-    measured = {name: results[name] for name in ("commit", "machine")} | {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    print(f"{family}: {len(points)} rows, {len(chosen)} pictures, {len(set(chosen))} captions", flush=True)
+    frame = new_results(device=args.device)
+    measured: dict[str, Any] = {
+        **{name: frame[name] for name in ("command", "commit", "machine")},
         "backbone": describe(pipe),
         "concepts": teacher["concepts"],
         "captions": len(set(chosen)),
         "seeds": args.seeds,
+        "left_out": reasons,
     }
-    before = read_results(args.out) if args.out.exists() else {"rows": [], "families": {}}
-    results["backbone"] = {"class": "every family, tiny, trained"}
-    results["families"] = before["families"] | {family: measured | ({"left_out": reasons} if reasons else {})}
-    kept = [row for row in before["rows"] if row["family"] != family]
-    results["rows"] = kept + [row | {"family": family} for row in rows]
-    write_results(args.out, results)
+    rows: list[dict[str, Any]] = []
+    shown = ("planned_ratio", "speedup", "psnr_to_dense", "ssim_to_dense", "kid", "kid_to_dense")
+    for point, row in zip(points, judge(comparison, points, data, chosen, args.rounds), strict=True):
+        rows.append(row)
+        print(point.name, {name: round(row[name], 3) for name in shown if name in row}, flush=True)
+        save(args.out, family, measured, rows, args.device)
 
 
 if __name__ == "__main__":

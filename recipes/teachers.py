@@ -71,7 +71,7 @@ class Teacher(nn.Module):
         parts: names of the trained modules, here and in the pipeline.
         absent: names of what the pipeline may have and this one does not.
         steps: of the previews.
-        guidance: name and value of the pipeline's argument.
+        guidance: classifier-free, by the pipeline's `guidance_scale`; 1 for none.
         options: further arguments of every pipeline call.
     """
 
@@ -79,7 +79,7 @@ class Teacher(nn.Module):
     parts: tuple[str, ...]
     absent: tuple[str, ...] = ()
     steps = 25
-    guidance: tuple[str, float] = ("guidance_scale", 4.0)
+    guidance = 4.0
 
     def __init__(self, tokenizer: CLIPTokenizer, tokens: int) -> None:
         super().__init__()
@@ -121,13 +121,9 @@ class Teacher(nn.Module):
         """Pictures [n, 3, H, W] in [0, 1] from the pipeline, with seed 0."""
         pipe = pipe.to(checkpoint.device(), torch.float32)
         pipe.set_progress_bar_config(disable=True)
-        options = dict(self.options)
-        if "negative_prompt" in options:
-            options["negative_prompt"] = [options["negative_prompt"]] * len(prompts)
-        name, scale = self.guidance
         return pipe(
-            prompts, num_inference_steps=self.steps, generator=torch.Generator().manual_seed(0), output_type="pt",
-            **{name: scale}, **options,
+            prompts, num_inference_steps=self.steps, guidance_scale=self.guidance, output_type="pt",
+            generator=torch.Generator().manual_seed(0), **self.options,
         ).images  # fmt: skip
 
     def load_weights(self, folder: Path) -> None:
@@ -181,18 +177,19 @@ class SD3Teacher(Teacher):
 
 
 class FluxTeacher(Teacher):
-    """FLUX.1 in small: three double and six single blocks with RoPE; CLIP gives the pooled embedding, T5 the sequence. Not
-    distilled: guidance is the pipeline's `true_cfg_scale`, two passes a step."""
+    """FLUX.1 in small: three double and six single blocks with RoPE; CLIP gives the pooled embedding, T5 the sequence. Drawn
+    as that family is, in one pass a step: its pipeline ignores `guidance_scale` here (nothing is distilled into the
+    model), and guides by a second pass where it is given `true_cfg_scale` and negative prompts."""
 
     kind = FluxPipeline
     parts = ("transformer", "text_encoder", "text_encoder_2")
-    guidance = ("true_cfg_scale", 4.0)
+    guidance = 1.0
 
     def __init__(self, tokenizer: CLIPTokenizer, tokens: int, width: int, layers: int | None) -> None:
         super().__init__(tokenizer, tokens)
         pixels = 4 * self.side
-        # The pipeline would draw 128 x 128 latents; its negative prompts must be as many as its prompts.
-        self.options |= {"height": pixels, "width": pixels, "negative_prompt": ""}
+        # The pipeline would draw 128 x 128 latents.
+        self.options |= {"height": pixels, "width": pixels}
         self.transformer = FluxTransformer2DModel(
             in_channels=4 * LATENT_CHANNELS,
             num_layers=layers or 3,

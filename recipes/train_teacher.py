@@ -143,7 +143,7 @@ def main() -> None:
         "concepts": labels,
         "text_tokens": TEXT_TOKENS,
         "steps": teacher.steps,
-        "guidance": dict([teacher.guidance]),
+        "guidance": teacher.guidance,
         "options": teacher.options,
     }
 
