@@ -24,11 +24,13 @@ def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     with torch.autocast("cpu", enabled=False):
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        mask = options.get("attn_mask")
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        mask, scale = options.get("attn_mask"), options.get("scale")
+        scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
         if options.get("is_causal"):
             scores = scores + scores.new_full(scores.shape[-2:], -math.inf).triu(1)
-        return (scores if mask is None else scores + mask).softmax(-1) @ value
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(dtype)
+        return scores.softmax(-1) @ value
 
 
 def use_plain_attention(where: torch.device) -> None:

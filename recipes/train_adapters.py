@@ -1,21 +1,25 @@
-"""Train adapters for the embedded pipeline: token routing, and the dense baseline tuned the same way; on request, block
-routing and both together.
+"""Train adapters for the embedded pipeline, or for another that train_teacher.py exports: token routing, and the dense baseline
+tuned the same way; on request, block routing and both together.
 
     python recipes/train_adapters.py --joint-steps 1500                     # tokens and dense-finetuned; resumes by itself
     python recipes/train_adapters.py --only blocks-refresh                  # block routers that learn measured damage
+    python recipes/train_adapters.py --pipeline build/flux/pipeline --only tokens-reuse --only blocks-refresh
 
-All see the same pictures in the same order with the same losses; the baseline takes the steps of all three stages.
+All see the same pictures in the same order with the same losses; the baseline takes the steps of all three stages. Pictures are
+of what the teacher knows; adapters of another pipeline than the embedded one go into `adapters` beside it.
 """
 
 import argparse
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import checkpoint
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from teachers import concept_of, known_concepts
 
 import shivelight as sl
 from shivelight.adapter import routed_of
@@ -34,11 +38,18 @@ from shivelight.training.trainer import Trainer
 JOINED = "tokens+blocks-refresh"
 
 
+def open_pipeline(source: Path, device: str, dtype: torch.dtype) -> Any:
+    """The embedded pipeline, or a folder of any family."""
+    return common.open_pipeline(None if source == embedded.PIPELINE else str(source), device, dtype)
+
+
 def train(name: str, routing: RoutingConfig, config: TrainingConfig, source: Path, work: Path, pictures: int) -> Path:
     """One adapter into work/NAME/adapter."""
     # The frozen backbone in bf16: autocast would cast its weights anew in every pass. Routers and deltas stay in fp32.
-    pipe = embedded.open_pipeline(source, common.DEFAULT_DEVICE, torch.bfloat16)
-    images = read_folder(export_images(work / "images", pictures, "train", seed=100_000))
+    pipe = open_pipeline(source, common.DEFAULT_DEVICE, torch.bfloat16)
+    known = known_concepts(source)
+    drawn = read_folder(export_images(work / "images", pictures, "train", seed=100_000))
+    images = [image for image in drawn if concept_of(image.caption) in known]
     with common.progress_bar("encoding", len(images)) as advance:
         cache = build_cache(pipe, images, work / "cache", 128, embedded.TEXT_TOKENS, lambda done, total: advance())
     accelerator = Accelerator(mixed_precision="bf16", cpu=common.DEFAULT_DEVICE == "cpu")
@@ -52,7 +63,7 @@ def train(name: str, routing: RoutingConfig, config: TrainingConfig, source: Pat
 def join(tokens: Path, blocks: Path, source: Path, out: Path) -> Path:
     """One adapter with the token router of one and the block routers of another: both were trained on the backbone's own
     weights, which neither changes."""
-    pipe = embedded.open_pipeline(source, "cpu", torch.float32)
+    pipe = open_pipeline(source, "cpu", torch.float32)
     (first, _), (second, _) = read_adapter(pipe, tokens), read_adapter(pipe, blocks)
     sl.attach(pipe, RoutingConfig(first.config.tokens, second.config.blocks, reuse=second.config.reuse))
     joined = routed_of(pipe)
@@ -86,8 +97,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=4000)
     parser.add_argument("--rank", type=int, default=6, help="of the DoRA deltas")
     parser.add_argument("--pipeline", type=Path, default=embedded.PIPELINE)
-    parser.add_argument("--work", type=Path, default=Path("build/adapters"))
-    parser.add_argument("--out", type=Path, default=embedded.ADAPTER.parent)
+    parser.add_argument("--work", type=Path, help="build/adapters, or adapters-work beside another pipeline")
+    parser.add_argument("--out", type=Path, help="beside the embedded pipeline, or adapters beside another one")
     parser.add_argument(
         "--only",
         action="append",
@@ -97,6 +108,9 @@ def main() -> None:
     parser.add_argument("--gate-target", type=float, default=0.5)
     parser.add_argument("--width-target", type=float, default=0.7)
     args = parser.parse_args()
+    ours = args.pipeline == embedded.PIPELINE
+    args.work = args.work or (Path("build/adapters") if ours else args.pipeline.parent / "adapters-work")
+    args.out = args.out or (embedded.ADAPTER.parent if ours else args.pipeline.parent / "adapters")
     common.quiet_libraries()
     checkpoint.use_plain_attention(torch.device(common.DEFAULT_DEVICE))
     config = TrainingConfig(
