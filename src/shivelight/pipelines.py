@@ -68,7 +68,7 @@ def class_labels(pipe: Any, captions: Sequence[str]) -> list[int]:
 
 def any_caption(pipe: Any) -> str:
     """A caption, or a class, for what does not depend on it."""
-    return "a picture" if accepted(pipe, prompt="") or not accepted(pipe, class_labels=0) else "0"
+    return "0" if accepted(pipe, class_labels=0) and not accepted(pipe, prompt="") else "a picture"
 
 
 def draw(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shivelight.pipelines import class_labels, pixels_per_latent
+from shivelight.pipelines import call_default, class_labels, pixels_per_latent
 from shivelight.training.denoisers.base import Conditions, Denoiser
 
 
@@ -24,7 +24,12 @@ class PixArtDenoiser(LearnedVarianceDenoiser):
     def encode_captions(self, captions: Sequence[str], max_sequence_length: int | None) -> Conditions:
         """Prompt embeddings [B, M, J] and their mask [B, M]."""
         length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
-        embeddings, mask, _, _ = self.pipe.encode_prompt(list(captions), do_classifier_free_guidance=False, **length)
+        embeddings, mask, _, _ = self.pipe.encode_prompt(
+            list(captions),
+            do_classifier_free_guidance=False,
+            clean_caption=bool(call_default(self.pipe, "clean_caption")),  # as its call does
+            **length,
+        )
         return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
 
     def predict(self, backbone: Any, noisy: Tensor, sigmas: Tensor, conditions: dict[str, Any]) -> Tensor:
