@@ -33,7 +33,7 @@ test: $(DEVELOPMENT)  ## every fast test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not slow' $(ARGS)
 
 families: $(DEVELOPMENT)  ## what works with which backbone, for docs/families.md
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/matrix --matrix benchmarks/results/families.json
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m 'not slow' tests/matrix --matrix benchmarks/results/families.json
 
 slow: $(DEVELOPMENT)  ## the tests that `make test` leaves out
 	$(PY) -m pytest -m slow $(ARGS)

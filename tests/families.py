@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,7 +69,8 @@ class Family:
             chosen["class_labels"] = chosen["class_labels"].tolist()
         seeds = [torch.Generator().manual_seed(sample) for sample in samples]
         options = self.shared | {"generator": seeds, "num_inference_steps": steps, "output_type": "latent"} | options
-        output = pipe(**chosen, **options)
+        known = inspect.signature(type(pipe).__call__).parameters
+        output = pipe(**chosen, **{name: value for name, value in options.items() if name in known})
         return torch.as_tensor(output[0])
 
 
@@ -76,9 +78,9 @@ def _drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _small_vae(channels: int) -> AutoencoderKL:
+def small_vae(channels: int) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(4, 4), layers_per_block=1, latent_channels=channels, norm_num_groups=1,
+        block_out_channels=(4, 4), layers_per_block=1, latent_channels=channels, norm_num_groups=1, shift_factor=0.0,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
 
@@ -89,7 +91,7 @@ def _flux() -> Any:
             patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=_small_vae(1), text_encoder=None, tokenizer=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=small_vae(1), text_encoder=None, tokenizer=None,
         text_encoder_2=None, tokenizer_2=None,
     )  # fmt: skip
 
@@ -115,7 +117,7 @@ def _pixart() -> Any:
             sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=4, attention_head_dim=8,
             num_attention_heads=4, cross_attention_dim=32, caption_channels=32, use_additional_conditions=False,
         ),
-        scheduler=DPMSolverMultistepScheduler(), vae=_small_vae(4), text_encoder=None, tokenizer=None,
+        scheduler=DPMSolverMultistepScheduler(), vae=small_vae(4), text_encoder=None, tokenizer=None,
     )  # fmt: skip
 
 
@@ -125,7 +127,7 @@ def _dit() -> Any:
             sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=4, attention_head_dim=8,
             num_attention_heads=4, num_embeds_ada_norm=1000,
         ),
-        scheduler=DDIMScheduler(), vae=_small_vae(4),
+        scheduler=DDIMScheduler(), vae=small_vae(4),
     )  # fmt: skip
 
 

@@ -32,7 +32,8 @@ _DOUBLE = BlockSpec(
     streams=Streams(
         image=("attn.to_[qkv]", "attn.to_out.0", "ff.net.*"),
         text=("attn.add_[qkv]_proj", "attn.to_add_out", "ff_context.net.*"),
-        sample=("norm1.linear", "norm1_context.linear"),
+        # An IP-Adapter's keys and values are those of the few tokens of a picture.
+        sample=("norm1.linear", "norm1_context.linear", "attn.processor.*"),
         joint_attention=("attn",),
     ),
     context_linears=("attn.to_k", "attn.to_v"),

@@ -75,6 +75,7 @@ class Clock:
         self._guidance = guidance
         self._timesteps: Tensor | None = None
         self._finished: Tensor | None = None
+        self._begin = 0
         self._forced: Branch | None = None
         self.context = StepContext()
 
@@ -102,7 +103,7 @@ class Clock:
             # set_timesteps makes a new tensor each time, so an interrupted generation never leaks into the next one.
             fresh = scheduler.timesteps is not self._timesteps
             if fresh:
-                self._timesteps = scheduler.timesteps
+                self._timesteps, self._begin = scheduler.timesteps, begin
                 steps: tuple[float, ...] | None = tuple(float(t) for t in scheduler.timesteps[begin:].tolist())
             else:
                 steps = previous.steps
@@ -137,7 +138,9 @@ class Clock:
             return None
         if scheduler.timesteps is self._finished:
             return None
-        begin = getattr(scheduler, "begin_index", None) or 0
+        begin = getattr(scheduler, "begin_index", None)
+        if begin is None:
+            begin = self._begin if scheduler.timesteps is self._timesteps else self._first_place(timestep, scheduler)
         if hasattr(scheduler, "step_index"):
             index = begin if scheduler.step_index is None else scheduler.step_index
         else:
@@ -146,6 +149,14 @@ class Clock:
                 return None
             index = found
         return (scheduler, index, begin) if begin <= index < len(scheduler.timesteps) else None
+
+    def _first_place(self, timestep: Tensor | None, scheduler: Any) -> int:
+        """Where a generation begins of which nobody told the scheduler (image to image, in some pipelines)."""
+        if timestep is None or getattr(scheduler, "step_index", 0) is not None:
+            return 0
+        now = float(timestep.reshape(-1)[0])
+        places = [place for place, time in enumerate(scheduler.timesteps.tolist()) if abs(time - now) < 1e-3]
+        return (*places, 0)[1 if len(places) > 1 else 0]  # the second of a pair of calls, as schedulers have it
 
     def _place_of(self, timestep: Tensor | None, timesteps: Tensor) -> int | None:
         """Where a pass's timestep lies among those of the generation; where it is listed twice, not before the last pass."""
