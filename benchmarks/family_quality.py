@@ -5,12 +5,16 @@ makes of the embedded pipeline.
     python benchmarks/family_quality.py --pipeline build/flux/pipeline \\
         --adapter build/flux/adapters/tokens-reuse --adapter build/flux/adapters/blocks-refresh
 
-Writes benchmarks/results/families-quality.json: one call judges one pipeline and replaces the rows of its family; those of the
-others stay, each family with the command, commit and machine it was measured with. Captions are those of the test split that name
-concepts the teacher has seen (teacher.json, which recipes/train_teacher.py writes); nothing was tuned on them. Each is drawn
-from --seeds noises. Speed-ups are of one-sample generations timed in turns; `kid_to_dense` is the paired difference to
-the dense pictures' KID, below 0 nearer to the data. Intervals resample pictures: the noises of one caption count as
+Writes benchmarks/results/families-quality.json: one call judges one pipeline and replaces the rows of its family; those of
+the others stay, each family with the command, commit and machine it was measured with. Captions are those of the test split
+that name concepts the teacher has seen (teacher.json, which recipes/train_teacher.py writes); nothing was tuned on them. Each
+is drawn from --seeds noises. Speed-ups are of one-sample generations timed in turns; `kid_to_dense` is the paired difference
+to the dense pictures' KID, below 0 nearer to the data. Intervals resample pictures: the noises of one caption count as
 independent.
+
+With --add, rows that the file has of this family stay, and only the others are drawn. With --retime nothing is drawn: all rows
+that the file has are timed anew, since times depend on what else a machine does and pictures do not. --peers adds the caches
+of diffusers where the family has them.
 """
 
 import argparse
@@ -33,6 +37,7 @@ from shivelight.evaluation.distribution import fd, kid, kid_difference
 from shivelight.evaluation.features import extract_features, feature_network
 from shivelight.evaluation.fidelity import fidelity_to_dense
 from shivelight.evaluation.images import to_tensor
+from shivelight.evaluation.peers import cache_points
 from shivelight.evaluation.results import new_results, new_row, read_results, write_results
 from shivelight.evaluation.standard import adapter_points, training_free_points
 
@@ -125,6 +130,39 @@ def save(path: Path, family: str, measured: dict[str, Any], rows: Sequence[dict[
     write_results(path, results)
 
 
+def key(row: OperatingPoint | dict[str, Any]) -> tuple:
+    """What a row and its point have in common."""
+    if isinstance(row, OperatingPoint):
+        return row.method, tuple(sorted(row.budget.items())), row.steps
+    return row["method"], tuple(sorted(row["budget"].items())), row["steps"]
+
+
+def rows_of(path: Path, family: str) -> list[dict[str, Any]]:
+    """What a file has of a family."""
+    return [row for row in read_results(path)["rows"] if row["family"] == family] if path.exists() else []
+
+
+def retime(
+    comparison: Comparison, points: Sequence[OperatingPoint], path: Path, family: str, captions: Sequence[str],
+    rounds: int, device: str,
+) -> None:  # fmt: skip
+    """Give the rows of a family another clock."""
+    results, known = read_results(path), {key(point): point for point in points}
+    rows = [row for row in results["rows"] if row["family"] == family and key(row) in known]
+    timings = comparison.time([known[key(row)] for row in rows], rounds, captions=captions)
+    for row in rows:
+        clock = comparison.clock(timings, known[key(row)], points[0], row.get("planned_ratio"))
+        fresh = new_row(row["method"], row["budget"], **clock)
+        row.update({name: fresh[name] for name in clock if name in fresh})
+        row["ci95"] = row.get("ci95", {}) | fresh.get("ci95", {})
+        print(
+            f"{row['method']} {row['budget']} {row['steps']}: {row['latency_ms']['median']:.0f} ms, {row['speedup']:.2f}x"
+        )
+    frame = new_results(device=device)
+    results["families"][family]["clock"] = {name: frame[name] for name in ("command", "commit", "machine")}
+    write_results(path, results)
+
+
 def main() -> None:
     """Judge one pipeline; write its rows beside those of the other families."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,6 +182,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default=common.DEFAULT_DEVICE)
+    parser.add_argument("--peers", action="store_true", help="also the caches that come with diffusers")
+    parser.add_argument("--add", action="store_true", help="draw only what the file lacks")
+    parser.add_argument("--retime", action="store_true", help="time what the file has, and draw nothing")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     source = None if args.pipeline is None else str(args.pipeline)
@@ -158,10 +199,16 @@ def main() -> None:
     comparison = Comparison(pipe, setting)
     family = comparison.routed.spec.name
     points, reasons = table(comparison, args.adapter or shipped, args.compute, args.axes)
+    points += cache_points(comparison) if args.peers else []
     for reason in reasons:
         print("left out:", reason)
+    if args.retime:
+        retime(comparison, points, args.out, family, [str(caption) for caption in chosen], args.rounds, args.device)
+        return
     print(f"{family}: {len(points)} rows, {len(chosen)} pictures, {len(set(chosen))} captions", flush=True)
     frame = new_results(device=args.device)
+    there = {key(row): row for row in rows_of(args.out, family)} if args.add else {}
+    points = [points[0], *(point for point in points[1:] if key(point) not in there)]
     measured: dict[str, Any] = {
         **{name: frame[name] for name in ("command", "commit", "machine")},
         "backbone": describe(pipe),
@@ -170,10 +217,13 @@ def main() -> None:
         "seeds": args.seeds,
         "left_out": reasons,
     }
-    rows: list[dict[str, Any]] = []
+    if there:
+        measured = read_results(args.out)["families"][family] | {"added": {n: frame[n] for n in ("command", "commit")}}
+    rows = list(there.values())
     shown = ("planned_ratio", "speedup", "psnr_to_dense", "ssim_to_dense", "kid", "kid_to_dense")
     for point, row in zip(points, judge(comparison, points, data, chosen, args.rounds), strict=True):
-        rows.append(row)
+        if key(point) not in there:
+            rows.append(row)
         print(point.name, {name: round(row[name], 3) for name in shown if name in row}, flush=True)
         save(args.out, family, measured, rows, args.device)
 
