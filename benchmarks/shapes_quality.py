@@ -124,16 +124,21 @@ def main() -> None:
             values = {name: round(rows[-1][name], 4) for name in shown if name in rows[-1]}
             print(f"{point.name:<44} {values}", flush=True)
 
+    def keep() -> None:
+        # Written after each part: nothing that was measured is lost with what comes after it.
+        results = new_results(device="cpu", backbone=describe(pipe), split=args.split)
+        results["rows"] = rows
+        write_results(args.out, results)
+
     judge(comparison, points)
+    keep()
     for folder in args.adapter:
         sl.load_adapter(pipe, folder)
         learned = ShapeComparison(pipe, comparison.setting, args.split, args.views)
         method = folder.name
         judge(learned, [learned.dense(), *(learned.routed_point(method, compute=compute) for compute in args.compute)])
         del rows[-1 - len(args.compute)]  # the dense row again
-    results = new_results(device="cpu", backbone=describe(pipe), split=args.split)
-    results["rows"] = rows
-    write_results(args.out, results)
+        keep()
 
 
 if __name__ == "__main__":
