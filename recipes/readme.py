@@ -45,11 +45,20 @@ COLUMNS = {
     "PSNR to 100 steps, dB": ("psnr_to_fine", "{:.1f}", 1),
     "KID x1000": ("kid", "{:.1f}", 1000),
     "KID less fine-tuned's, x1000": ("kid_to_finetuned", "{:+.1f}", 1000),
+    "KID less dense's, x1000": ("kid_to_dense", "{:+.1f}", 1000),
+    "IoU to dense": ("iou_to_dense", "{:.3f}", 1),
+    "Chamfer to dense": ("chamfer_to_dense", "{:.4f}", 1),
+    "IoU to the shape": ("iou_to_truth", "{:.3f}", 1),
+    "Chamfer to the shape": ("chamfer_to_truth", "{:.4f}", 1),
     "FD": ("fd", "{:.0f}", 1),
     "realised": ("realised", "{:.3f}", 1),
     "share of the block": ("share", "{:.2%}", 1),
     "of its weights": ("share_of_parameters", "{:.2%}", 1),
 }
+
+WITH_INTERVALS = (
+    "speedup", "psnr_to_dense", "psnr_to_fine", "kid", "kid_to_finetuned", "kid_to_dense", "iou_to_dense", "iou_to_truth",
+)  # fmt: skip
 
 
 def table(path: Path) -> str:
@@ -61,6 +70,7 @@ def table(path: Path) -> str:
     if rows and "multiply_adds" in rows[0]:
         return shapes(path, results)
     labels: dict[str, Callable[[dict[str, Any]], str]] = {
+        "family": lambda row: row.get("family", ""),
         "method": lambda row: row["method"] + (f" ({row['variant']})" if row.get("variant") else ""),
         "budget": budget_label,
         "steps": lambda row: str(row.get("steps", "")),
@@ -73,24 +83,22 @@ def table(path: Path) -> str:
         cells = [text(row) for text in heads.values()]
         for key, pattern, scale in columns.values():
             cell = pattern.format(row[key] * scale) if key in row else ""
-            if (
-                cell
-                and key in ("speedup", "psnr_to_dense", "psnr_to_fine", "kid", "kid_to_finetuned")
-                and key in row.get("ci95", {})
-            ):
+            if cell and key in WITH_INTERVALS and key in row.get("ci95", {}):
                 cell += " ({} to {})".format(*(pattern.format(bound * scale) for bound in row["ci95"][key]))
             cells.append(cell)
         lines.append("| " + " | ".join(cells) + " |")
     machine, last = results["machine"], rows[-1]
     said = [
-        f"{last['samples']} captions of the {results['split']} split, guidance {last['guidance']:g}"
+        f"{last['samples']} {'pictures' if 'family' in last else 'samples' if 'iou_to_truth' in last else 'captions'} of the "
+        f"{results['split']} split, guidance {last['guidance']:g}"
         if "samples" in last
         else "",
         f"{last['dtype']}, not compiled",
         f"{last['latency_ms']['runs']} timed rounds, batch {last.get('batch', 1)}" if "latency_ms" in last else "",
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, diffusers {machine['diffusers']}",
     ]
-    source = f"Source: `{path.relative_to(ROOT)}`, written by `{results['command']}`."
+    commands = [family["command"] for family in results.get("families", {}).values()] or [results["command"]]
+    source = f"Source: `{path.relative_to(ROOT)}`, written by {', '.join(f'`{command}`' for command in commands)}."
     return "\n".join(lines) + f"\n\n{'; '.join(part for part in said if part)}. {source}"
 
 
