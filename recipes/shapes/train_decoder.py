@@ -21,7 +21,7 @@ from encoder import POSES
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from shivelight.demo import hunyuan3d
+from shivelight.backbones import hy3dgen
 from shivelight.demo.shapes import RESOLUTION, centres, surface
 from shivelight.evaluation.shapes import chamfer, iou
 
@@ -87,7 +87,7 @@ def main() -> None:
     data = encoder.load(args.latents)
     train, held_out = data["train"]["latents"], data["validation"]["latents"][:, 0, 0].float()
     queries, true_grids = Queries(data["train"]["grids"]), data["validation"]["grids"]
-    vae = hunyuan3d.load().ShapeVAE(**SETTINGS)
+    vae = hy3dgen.load().ShapeVAE(**SETTINGS)
     optimizers = optimizing.build(vae, args.lr, lambda name: "resblocks" in name or "cross_attn_decoder" in name)
     start, spent = 0, 0.0
     if state := checkpoint.load(args.work / "state.pt"):

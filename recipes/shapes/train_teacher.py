@@ -23,7 +23,8 @@ from encoder import POSES
 from PIL import Image
 from torch import Tensor, nn
 
-from shivelight.demo import hunyuan3d, shape_pipeline
+from shivelight.backbones import hy3dgen
+from shivelight.demo import shape_pipeline
 from shivelight.demo.shapes import view
 from shivelight.evaluation.shapes import chamfer, iou
 
@@ -57,7 +58,7 @@ def export(average: Teacher, vae_file: Path, held_out: dict[str, Tensor], work: 
     state = checkpoint.load(vae_file)
     if state is None:
         return
-    vae = hunyuan3d.load().ShapeVAE(**state["settings"])
+    vae = hy3dgen.load().ShapeVAE(**state["settings"])
     vae.load_state_dict(state["model"])
     pipe = shape_pipeline.build_pipeline(
         vae.eval(), copy.deepcopy(average.denoiser).eval(), copy.deepcopy(average.conditioner).eval()

@@ -26,7 +26,7 @@ def multiply_adds(name: str) -> float:
     return step_flops(costs, [preset.image_tokens] * len(costs), preset.text_tokens) / 2
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if not read_preset(name).missing])
 def test_a_shape_is_built_without_memory_and_counted_by_its_spec(name: str) -> None:
     preset = read_preset(name)
     model = preset.build()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import shivelight as sl
 from shivelight.adapter import planned_ratio, routed_of
-from shivelight.demo import hunyuan3d
+from shivelight.backbones import hy3dgen
 from shivelight.demo.shape_pipeline import (
     ViewConditioner,
     ViewProcessor,
@@ -28,7 +28,7 @@ from shivelight.demo.shape_pipeline import (
 from shivelight.demo.shapes import ShapeData, centres, view
 from shivelight.errors import DataError, ShivelightError
 
-needs_hy3dgen = pytest.mark.skipif(bool(hunyuan3d.available()), reason=hunyuan3d.available() or "present")
+needs_hy3dgen = pytest.mark.skipif(bool(hy3dgen.available()), reason=hy3dgen.available() or "present")
 SETTINGS = {
     "vae": {
         "num_latents": 24, "embed_dim": 4, "width": 32, "heads": 2, "num_decoder_layers": 1, "num_freqs": 3,
@@ -41,7 +41,7 @@ SETTINGS = {
 
 def tiny() -> Any:
     torch.manual_seed(0)
-    vae = hunyuan3d.load().ShapeVAE(**SETTINGS["vae"])
+    vae = hy3dgen.load().ShapeVAE(**SETTINGS["vae"])
     denoiser = build_denoiser(**SETTINGS["denoiser"])
     for parameter in denoiser.parameters():
         # What starts at zero must do something here.
@@ -73,18 +73,18 @@ class Known(nn.Module):
 
 @needs_hy3dgen
 def test_the_loader_gives_the_packages_own_classes_and_leaves_its_packages_to_others() -> None:
-    classes = hunyuan3d.load()
+    classes = hy3dgen.load()
     assert classes.DiT.__module__ == "hy3dgen.shapegen.models.denoisers.hunyuan3ddit"
     assert classes.Pipeline.__mro__[1].__module__ == "hy3dgen.shapegen.pipelines"
-    assert hunyuan3d.load() == classes
+    assert hy3dgen.load() == classes
     assert not {"hy3dgen.shapegen", "hy3dgen.shapegen.models", "torchvision", "pymeshlab"} & sys.modules.keys()
 
 
 def test_what_is_not_installed_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = hunyuan3d.importlib.util.find_spec
-    monkeypatch.setattr(hunyuan3d.importlib.util, "find_spec", lambda name: None if name == "hy3dgen" else real(name))
+    real = hy3dgen.importlib.util.find_spec
+    monkeypatch.setattr(hy3dgen.importlib.util, "find_spec", lambda name: None if name == "hy3dgen" else real(name))
     with pytest.raises(ShivelightError, match=r"hy3dgen.* is not installed: .*--no-deps hy3dgen.*licence"):
-        hunyuan3d.load()
+        hy3dgen.load()
 
 
 @needs_hy3dgen

@@ -27,7 +27,7 @@ def test_a_loop_runs_the_tokens_and_steps_it_was_asked_for(name: str) -> None:
     assert torch.equal(loop(), first)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if not read_preset(name).missing])
 def test_a_published_shape_takes_its_example(name: str) -> None:
     preset = read_preset(name)
     model = preset.build(blocks=2)

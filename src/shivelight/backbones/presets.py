@@ -9,11 +9,13 @@ import diffusers
 import torch
 from torch import nn
 
+from shivelight.backbones import hy3dgen
 from shivelight.errors import UnsupportedBackboneError
 
 _FOLDER = Path(__file__).parent / "presets"
-# What the constructors of diffusers' classes call the numbers of their blocks.
-_DEPTHS = ("num_layers", "num_single_layers")
+# What the constructors of these classes call the numbers of their blocks.
+_DEPTHS = ("num_layers", "num_single_layers", "depth", "depth_single_blocks")
+_HY3DGEN = "hy3dgen."
 PRESETS = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
 
 
@@ -24,7 +26,7 @@ class Preset:
     Attributes:
         name: of its file.
         title: what it is, with its resolution.
-        model_class: of diffusers.
+        model_class: of diffusers, or "hy3dgen.Hunyuan3DDiT".
         config: what its constructor takes.
         image_tokens: of one pass of one sample.
         text_tokens: likewise.
@@ -41,6 +43,14 @@ class Preset:
     source: str
     published: dict[str, Any]
 
+    @property
+    def missing(self) -> str:
+        """Why it cannot be built here, a sentence; empty where it can."""
+        return hy3dgen.available() if self.model_class.startswith(_HY3DGEN) else ""
+
+    def _class(self) -> Any:
+        return hy3dgen.load().DiT if self.model_class.startswith(_HY3DGEN) else getattr(diffusers, self.model_class)
+
     def build(self, device: str = "meta", dtype: torch.dtype = torch.bfloat16, blocks: int | None = None) -> nn.Module:
         """The backbone; on the meta device it takes no memory, on another one its weights are random.
 
@@ -56,7 +66,7 @@ class Preset:
         try:
             torch.set_default_dtype(default if device == "meta" else dtype)  # never twice the memory
             with torch.device(device):
-                model = getattr(diffusers, self.model_class)(**config)
+                model = self._class()(**config)
         finally:
             torch.set_default_dtype(default)
         model = model if device == "meta" else model.to(dtype)

@@ -54,7 +54,9 @@ def bench(
     Examples: shivelight bench --backbone flux1-dev --backbone qwen-image; shivelight bench --backbone sd3-cpu --random-weights
     --keep 0.8 --keep 0.6 --compute 0.5
     """
-    names = backbone or list(PRESETS)
+    names = backbone or [name for name in PRESETS if not read_preset(name).missing]
+    if not backbone and (left := [name for name in PRESETS if name not in names]):
+        common.say("; ".join(f"{name} is left out: {read_preset(name).missing}" for name in left))
     if not random_weights:
         if compute:
             raise typer.BadParameter(

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from shivelight.demo import hunyuan3d
+from shivelight.backbones import hy3dgen
 from shivelight.demo.shapes import RESOLUTION, VIEW_SIZE
 from shivelight.errors import DataError
 
@@ -80,7 +80,7 @@ class ViewProcessor:
 def build_denoiser(channels: int, context: int, width: int = 128, double: int = 3, single: int = 6) -> nn.Module:
     """A small Hunyuan3DDiT with heads of 32; modulation and output start at zero, so that each block starts as nothing."""
     heads = width // 32
-    model = hunyuan3d.load().DiT(
+    model = hy3dgen.load().DiT(
         in_channels=channels, context_in_dim=context, hidden_size=width, num_heads=heads, depth=double,
         depth_single_blocks=single, axes_dim=[32],
     )  # fmt: skip
@@ -92,7 +92,7 @@ def build_denoiser(channels: int, context: int, width: int = 128, double: int = 
 
 def build_pipeline(vae: nn.Module, denoiser: nn.Module, conditioner: nn.Module) -> Any:
     """Hunyuan3D's flow-matching pipeline of these parts, on the CPU in float32."""
-    classes = hunyuan3d.load()
+    classes = hy3dgen.load()
     return classes.Pipeline(
         vae=vae, model=denoiser, scheduler=classes.Scheduler(), conditioner=conditioner,
         image_processor=ViewProcessor(), device="cpu", dtype=torch.float32,
@@ -111,7 +111,7 @@ def open_pipeline(path: Path) -> Any:
         raise DataError(f"There is no shape pipeline {path}; train one with `python recipes/shapes/train_teacher.py`.")
     state = torch.load(path, map_location="cpu", weights_only=True)
     settings = state["settings"]
-    vae = hunyuan3d.load().ShapeVAE(**settings["vae"])
+    vae = hy3dgen.load().ShapeVAE(**settings["vae"])
     denoiser = build_denoiser(**settings["denoiser"])
     conditioner = ViewConditioner(**settings["conditioner"])
     for name, part in {"vae": vae, "denoiser": denoiser, "conditioner": conditioner}.items():

@@ -262,6 +262,5 @@ class BlockGates(nn.Module):
     def _coarse_rows(self, context: StepContext, batch: int) -> list[int]:
         """Where each sample's timestep lies in the plan of a bare transformer."""
         times = [] if context.timestep is None else context.timestep.detach().reshape(-1).float().tolist()
-        scaled = [t * self.spec.timestep_scale for t in times]
-        rows = [min(range(len(_COARSE)), key=lambda row: abs(GRID[_COARSE[row]] - t)) for t in scaled]
+        rows = [min(range(len(_COARSE)), key=lambda row: abs(GRID[_COARSE[row]] - t)) for t in times]
         return rows if len(rows) == batch else rows[:1] * batch

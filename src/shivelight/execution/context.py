@@ -31,7 +31,7 @@ class StepContext:
         step: index into `steps`.
         call: how many passes this step has seen before this one (guidance by separate calls, extra passes).
         branch: "both" is a batch of [unconditional; conditional] halves, "single" a batch of independent samples.
-        timestep: of each sample, [B] or scalar.
+        timestep: of each sample, from 0 to 1000, [B] or scalar.
         given_timestep: as passed to the backbone; a family may take one for each token.
         time_embedding: [B, T], the backbone's own.
         condition: [B, C], the backbone's embedding of the pooled condition, or None.
@@ -154,8 +154,11 @@ class Clock:
         """Where a generation begins of which nobody told the scheduler (image to image, in some pipelines)."""
         if timestep is None or getattr(scheduler, "step_index", 0) is not None:
             return 0
-        now = float(timestep.reshape(-1)[0])
-        places = [place for place, time in enumerate(scheduler.timesteps.tolist()) if abs(time - now) < 1e-3]
+        now, times = float(timestep.reshape(-1)[0]), scheduler.timesteps.tolist()
+        nearest = min(abs(time - now) for time in times)
+        if nearest > max(0.1, now / 200):  # bfloat16 has eight digits
+            return 0
+        places = [place for place, time in enumerate(times) if abs(time - now) == nearest]
         return (*places, 0)[1 if len(places) > 1 else 0]  # the second of a pair of calls, as schedulers have it
 
     def _place_of(self, timestep: Tensor | None, timesteps: Tensor) -> int | None:

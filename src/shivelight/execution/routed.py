@@ -111,8 +111,9 @@ class Routed(nn.Module):
                 "attach (or load the adapter) then; or offload whole models, or groups at block level."
             )
         generation = self.context.generation
-        sampled = None if timestep is None else self.spec.sample_times(timestep)
-        context = self.clock.tick(sampled)
+        context = self.clock.tick(
+            None if timestep is None else self.spec.sample_times(timestep) * self.spec.timestep_scale
+        )
         context.given_timestep = timestep
         if context.generation != generation:
             self._forget()
@@ -407,8 +408,8 @@ class Routed(nn.Module):
         if key not in context.memo:
             assert context.timestep is not None
             table = self._asked(tokens, text_tokens)[1]
-            scaled = (context.timestep.detach().reshape(-1).float() * self.spec.timestep_scale).tolist()
-            context.memo[key] = [table.row(min(max(round(time), 1), len(GRID)) - 1) for time in scaled]
+            times = context.timestep.detach().reshape(-1).float().tolist()
+            context.memo[key] = [table.row(min(max(round(time), 1), len(GRID)) - 1) for time in times]
         return context.memo[key]
 
     def scores(self, block: int, x: Tensor, samples: slice = slice(None)) -> Tensor:
