@@ -70,7 +70,7 @@ def test_a_batch_is_its_samples_whatever_its_size(height: int, width: int, text:
     says = {0.9: (1.0, 1.0), 0.55: (-1.0, 1.0), 0.2: (1.0, -1.0)}
 
     def reading(block: int, x: Tensor, text: Tensor | None, first: int = 0) -> Tensor:
-        times = [min(says, key=lambda time: abs(time - t)) for t in routed.context.timestep.tolist()]
+        times = [min(says, key=lambda time: abs(1000 * time - t)) for t in routed.context.timestep.tolist()]
         return torch.tensor([(says[t][0] * (-1.0 if block == 1 else 1.0), 0.0, says[t][1]) for t in times])
 
     routed.read_gates = reading

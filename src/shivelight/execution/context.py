@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from shivelight.errors import ShivelightError
@@ -156,7 +157,8 @@ class Clock:
             return 0
         now, times = float(timestep.reshape(-1)[0]), scheduler.timesteps.tolist()
         nearest = min(abs(time - now) for time in times)
-        if nearest > max(0.1, now / 200):  # bfloat16 has eight digits
+        rounding = torch.finfo(timestep.dtype).eps * now if timestep.is_floating_point() else 0.0
+        if nearest > max(0.1, rounding):
             return 0
         places = [place for place, time in enumerate(times) if abs(time - now) == nearest]
         return (*places, 0)[1 if len(places) > 1 else 0]  # the second of a pair of calls, as schedulers have it
