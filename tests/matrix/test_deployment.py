@@ -66,7 +66,9 @@ def test_offloading_changes_nothing_whichever_comes_first(name: str, way: str, o
     for step in steps if order == "before" else reversed(steps):
         step()
     if way == "leaves" and order == "before":
-        with pytest.raises(sl.UnsupportedBackboneError, match="routers are offloaded layer by layer.*Apply it first"):
+        with pytest.raises(
+            sl.UnsupportedBackboneError, match="routers are offloaded layer by layer.*Offload the backbone first"
+        ):
             pictures(pipe, name)
         sl.detach(pipe)
         assert torch.equal(pictures(pipe, name), dense)
