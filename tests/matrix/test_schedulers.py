@@ -98,6 +98,7 @@ def test_every_solver_follows_the_plan_of_tokens(name: str, solver: str) -> None
     pipe, steps, calls = solved(name, solver)
     sl.attach(pipe, sl.RoutingConfig.training_free(0.5))
     routed, kept = routed_of(pipe), {}
+    drawn(name, pipe, 2)  # from here on the shape is known
     planned = sl.current_schedule(pipe, steps)
     assert planned.steps == calls and 0 < planned.mean_keep <= 0.5
     routed.observer = lambda block, x, out, indices, text: kept.setdefault(

@@ -28,6 +28,14 @@ def centred(pipe: Any, name: str, call: dict[str, Any], widths: tuple[float, ...
     return routed
 
 
+def train(model: Any) -> None:
+    """Training mode without the backbone's own noise: DiT leaves out classes at random."""
+    model.train()
+    for part in model.modules():
+        if hasattr(part, "dropout_prob"):
+            part.dropout_prob = 0.0
+
+
 def teacher_of(model: Any, call: dict[str, Any]) -> TeacherRecord:
     record, routed = TeacherRecord(()), routed_of(model)
     routed.observer = record
@@ -49,7 +57,7 @@ def test_training_without_noise_runs_the_blocks_of_inference(name: str, way: str
     orders = {} if way == "whole" else {block: routed.gates.order(block) for block in routed.routed}
     widths = routed.config.blocks.widths
     routed.gate_session = session = BlockSession(teacher_of(model, call), widths, orders)
-    model.train()
+    train(model)
     trained = model(**call)[0].detach()  # with gradients on: nothing of the forward value may depend on that
     assert int(session.ran().sum()) == acted["run"]
     if way == "whole":
@@ -70,7 +78,7 @@ def test_training_without_noise_keeps_the_tokens_of_inference(name: str) -> None
     assert 0 < ratios.min() < 1
     for estimator in ("input", "residual"):
         routed.session = TokenSession(routed.routed, ratios, teacher_of(model, call), estimator=estimator)
-        model.train()
+        train(model)
         assert torch.equal(model(**call)[0].detach(), inference), estimator
         routed.session = None
 
@@ -90,7 +98,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, way: str) -> None
     for index, (_, block) in enumerate(spec.block_list(model)):
         attention = next(part for part in block.modules() if "Attention" in type(part).__name__)
         attention.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
-    model.train()
+    train(model)
 
     def gradients() -> tuple[Tensor, ...]:
         ran.clear()
