@@ -2,7 +2,7 @@
 
     pip install 'shivelight[hy3d]' && pip install --no-deps hy3dgen==2.0.2
     python recipes/shapes/encoder.py && python recipes/shapes/train_decoder.py && python recipes/shapes/train_teacher.py
-    python benchmarks/shapes_quality.py        # writes benchmarks/results/shapes_quality.json
+    python benchmarks/shapes_quality.py        # writes benchmarks/results/shapes-quality.json
 
 Views of shapes that no training saw, one noise each, guidance and Euler steps by hy3dgen's own pipeline. IoU and Chamfer distance
 are of the decoded 32-cell grids, to those of the dense generation and to the shape of the view; a generation without a full cell
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--compute", type=float, nargs="+", default=[0.7, 0.5, 0.35])
     parser.add_argument("--axes", nargs="+", choices=["blocks", "tokens", "both"], default=["blocks", "tokens", "both"])
     parser.add_argument("--rounds", type=int, default=7, help="of timing; 0 leaves it out")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/shapes_quality.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/shapes-quality.json"))
     args = parser.parse_args()
     pipe = shape_pipeline.open_pipeline(args.pipeline)
     sl.attach(pipe, sl.RoutingConfig.training_free(compute=0.7, axis="blocks"))
