@@ -51,8 +51,7 @@ def bench(
     """Parameters and multiply-adds of a pass of one sample, on the meta device: nothing is downloaded, held or run. With
     --random-weights, dense and routed generations of the bare backbone, timed in turns.
 
-    Examples: shivelight bench --backbone flux1-dev --backbone qwen-image; shivelight bench --backbone sd3-cpu --random-weights
-    --keep 0.8 --keep 0.6 --compute 0.5
+    Example: shivelight bench --backbone sd3-cpu --random-weights --keep 0.8 0.6 --compute 0.5
     """
     names = backbone or [name for name in PRESETS if not read_preset(name).missing]
     if not backbone and (left := [name for name in PRESETS if name not in names]):
