@@ -32,7 +32,7 @@ from shivelight.cli.evaluate import describe
 from shivelight.demo import pipeline as embedded
 from shivelight.demo.data import Caption, EmojiData
 from shivelight.errors import BudgetError
-from shivelight.evaluation.comparison import Comparison, OperatingPoint, Setting
+from shivelight.evaluation.comparison import Comparison, OperatingPoint, Setting, point_key
 from shivelight.evaluation.distribution import fd, kid, kid_difference
 from shivelight.evaluation.features import extract_features, feature_network
 from shivelight.evaluation.fidelity import fidelity_to_dense
@@ -130,13 +130,6 @@ def save(path: Path, family: str, measured: dict[str, Any], rows: Sequence[dict[
     write_results(path, results)
 
 
-def key(row: OperatingPoint | dict[str, Any]) -> tuple:
-    """What a row and its point have in common."""
-    if isinstance(row, OperatingPoint):
-        return row.method, tuple(sorted(row.budget.items())), row.steps
-    return row["method"], tuple(sorted(row["budget"].items())), row["steps"]
-
-
 def rows_of(path: Path, family: str) -> list[dict[str, Any]]:
     """What a file has of a family."""
     return [row for row in read_results(path)["rows"] if row["family"] == family] if path.exists() else []
@@ -147,14 +140,10 @@ def retime(
     rounds: int, device: str,
 ) -> None:  # fmt: skip
     """Give the rows of a family another clock."""
-    results, known = read_results(path), {key(point): point for point in points}
-    rows = [row for row in results["rows"] if row["family"] == family and key(row) in known]
-    timings = comparison.time([known[key(row)] for row in rows], rounds, captions=captions)
+    results = read_results(path)
+    rows = [row for row in results["rows"] if row["family"] == family]
+    comparison.retime(rows, points, rounds, captions)
     for row in rows:
-        clock = comparison.clock(timings, known[key(row)], points[0], row.get("planned_ratio"))
-        fresh = new_row(row["method"], row["budget"], **clock)
-        row.update({name: fresh[name] for name in clock if name in fresh})
-        row["ci95"] = row.get("ci95", {}) | fresh.get("ci95", {})
         print(
             f"{row['method']} {row['budget']} {row['steps']}: {row['latency_ms']['median']:.0f} ms, {row['speedup']:.2f}x"
         )
@@ -207,8 +196,8 @@ def main() -> None:
         return
     print(f"{family}: {len(points)} rows, {len(chosen)} pictures, {len(set(chosen))} captions", flush=True)
     frame = new_results(device=args.device)
-    there = {key(row): row for row in rows_of(args.out, family)} if args.add else {}
-    points = [points[0], *(point for point in points[1:] if key(point) not in there)]
+    there = {point_key(row): row for row in rows_of(args.out, family)} if args.add else {}
+    points = [points[0], *(point for point in points[1:] if point_key(point) not in there)]
     measured: dict[str, Any] = {
         **{name: frame[name] for name in ("command", "commit", "machine")},
         "backbone": describe(pipe),
@@ -222,7 +211,7 @@ def main() -> None:
     rows = list(there.values())
     shown = ("planned_ratio", "speedup", "psnr_to_dense", "ssim_to_dense", "kid", "kid_to_dense")
     for point, row in zip(points, judge(comparison, points, data, chosen, args.rounds), strict=True):
-        if key(point) not in there:
+        if point_key(point) not in there:
             rows.append(row)
         print(point.name, {name: round(row[name], 3) for name in shown if name in row}, flush=True)
         save(args.out, family, measured, rows, args.device)

@@ -20,11 +20,9 @@ from shivelight.adapter_files import read_adapter, read_deltas
 from shivelight.cli import common
 from shivelight.cli.evaluate import budgeted_points, judged_on
 from shivelight.demo import pipeline as embedded
-from shivelight.evaluation.comparison import Comparison, OperatingPoint, Setting
-from shivelight.evaluation.results import new_results, new_row, read_results, write_results
+from shivelight.evaluation.comparison import CLOCK, Comparison, OperatingPoint, Setting
+from shivelight.evaluation.results import new_results, read_results, write_results
 from shivelight.evaluation.standard import references
-
-CLOCK = ("latency_ms", "speedup", "speedup_end_to_end", "efficiency")
 
 
 def main() -> None:
@@ -47,33 +45,21 @@ def main() -> None:
     pipe = common.open_pipeline(None, common.DEFAULT_DEVICE, getattr(torch, rows[0]["dtype"]))
     sl.load_adapter(pipe, embedded.ADAPTER)
     comparison = Comparison(pipe, Setting(rows[0]["steps"], rows[0]["guidance"], 0, 1, common.call_options(pipe, None)))
-    points = {key(point): point for point in known_points(comparison, args.also, rows)}
-    chosen = [points[key(row)] for row in rows]
+    points = known_points(comparison, args.also, rows)
     captions, _ = judged_on(None, 2, pipe)
-    with common.progress_bar("timing", len(chosen) * (args.rounds + 1)) as advance:
-        timings = comparison.time(chosen, args.rounds, progress=advance, captions=captions)
-    for row, point in zip(rows, chosen, strict=True):
-        clock = comparison.clock(timings, point, chosen[0], row.get("planned_ratio"))
-        fresh = new_row(row["method"], row["budget"], **clock)
-        ci95 = {name: interval for name, interval in row.get("ci95", {}).items() if name not in CLOCK}
-        row.update({name: fresh[name] for name in CLOCK if name in fresh}, ci95=ci95 | fresh["ci95"])
-        print(f"{point.name:<44} {row['latency_ms']['median']:9.1f} ms  {row['speedup']:.2f}x", flush=True)
+    with common.progress_bar("timing", len(rows) * (args.rounds + 1)) as advance:
+        comparison.retime(rows, points, args.rounds, captions, advance)
+    for row in rows:
+        print(
+            f"{row['method']:<28} {row['budget']} {row['latency_ms']['median']:9.1f} ms  {row['speedup']:.2f}x",
+            flush=True,
+        )
     ours = new_results(device=common.DEFAULT_DEVICE)
     earlier["clock"] = {name: ours[name] for name in ("command", "commit", "machine")}
     write_results(args.results, earlier)
     efficiencies = [row["efficiency"] for row in rows if row["method"] == "fewer-steps"]
     if efficiencies:
         print(f"fewer steps, whose efficiency is 1 by construction: {statistics.median(efficiencies):.2f}")
-
-
-def key(row: OperatingPoint | dict[str, Any]) -> tuple:
-    """What a row and its point have in common."""
-    method, budget, steps = (
-        (row.method, row.budget, row.steps)
-        if isinstance(row, OperatingPoint)
-        else (row["method"], row["budget"], row["steps"])
-    )
-    return method, tuple(sorted(budget.items())), steps
 
 
 def known_points(comparison: Comparison, also: list[str], rows: list[dict[str, Any]]) -> list[OperatingPoint]:

@@ -142,3 +142,22 @@ def test_the_channels_of_a_width_forgive_rounding_and_are_at_least_one() -> None
     for width in (0.0, -0.5, 1.01, float("nan")):
         with pytest.raises(BudgetError, match="MLP width"):
             kept_channels(width, 100)
+
+
+class Whole(nn.Module):
+    """A block that is its own attention."""
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(8, 8)
+        for name, size in sizes.items():
+            setattr(self, name, size)
+
+
+@pytest.mark.parametrize("size", ["inner_dim", "hidden_size"])
+def test_an_attention_that_is_the_block_itself_is_counted(size: str) -> None:
+    streams = Streams(image=("out",), image_attention=("",))
+    cost = block_cost(Whole(**{size: 8}), streams)
+    assert cost.image_width == 8 and cost.flops(5, 0) == 2 * 64 * 5 + 4 * 8 * 25
+    with pytest.raises(UnsupportedBackboneError, match="neither `inner_dim` nor `hidden_size`"):
+        block_cost(Whole(), streams)

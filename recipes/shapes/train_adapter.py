@@ -4,8 +4,7 @@
     python recipes/shapes/train_adapter.py --steps 300             # resumes from --work by itself
     python benchmarks/shapes_quality.py --adapter build/shapes/adapter/blocks-refresh
 
-The trainer is the one of every family; what is Hunyuan3D's own is the denoiser: time runs from 0 (noise) to 1 (data), the velocity
-from noise to data, and the condition is a dictionary.
+The trainer is the one of every family.
 """
 
 import argparse
@@ -16,32 +15,14 @@ from typing import Any
 import encoder
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 import shivelight as sl
 from shivelight.demo import shape_pipeline
 from shivelight.training.cache import LatentCache, write_cache
-from shivelight.training.denoisers import Denoiser
 from shivelight.training.stages import TrainingConfig
 from shivelight.training.trainer import Trainer
 
 NAME = "blocks-refresh"
-
-
-class ShapeDenoiser(Denoiser):
-    """Hunyuan3D's convention, for the trainer's noise levels sigma: 0 is data, 1 is noise."""
-
-    def timesteps(self, sigmas: Tensor) -> Tensor:
-        """From 0 (noise) to 1 (data)."""
-        return 1.0 - sigmas
-
-    def target(self, clean: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-        """The velocity from noise to data."""
-        return clean.float() - noise.float()
-
-    def predict(self, backbone: Any, noisy: Tensor, sigmas: Tensor, conditions: dict[str, Any]) -> Tensor:
-        """Velocity [B, N, C]."""
-        return backbone(noisy, self.timesteps(sigmas).to(noisy.dtype), contexts=conditions)
 
 
 @torch.no_grad()
@@ -71,7 +52,7 @@ def main() -> None:
         group_size=args.group_size, gate_target=0.5, gate_signal="damage", lr_router=3e-3, lr_gates=5e-2,
         checkpoint_every=50, calibration_batches=32,
     )  # fmt: skip
-    trainer = Trainer(pipe, routing, config, cache, args.work / "run", Accelerator(cpu=True), ShapeDenoiser(pipe))
+    trainer = Trainer(pipe, routing, config, cache, args.work / "run", Accelerator(cpu=True))
 
     def tell(record: dict[str, float]) -> None:
         if record["step"] % 10 == 0:

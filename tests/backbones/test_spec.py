@@ -6,7 +6,7 @@ from diffusers import ConfigMixin, ModelMixin, SD3Transformer2DModel, StableDiff
 from torch import nn
 
 import shivelight as sl
-from shivelight.backbones import BackboneSpec, find_spec, sd3, spec
+from shivelight.backbones import BackboneSpec, find_spec, flux2, sd3, spec
 from shivelight.execution.routed import NAME
 
 
@@ -182,3 +182,9 @@ def test_timesteps_from_0_to_1_are_read_on_the_same_grid() -> None:
         model(torch.randn(1, 10, 8), torch.tensor([time]), torch.randn(1, 10, 8))
     table = sl.current_schedule(model)
     assert counts == [*table.row(49), *table.row(949)] and table.row(49) != table.row(949)
+
+
+def test_joined_streams_without_a_length_of_the_text_are_refused() -> None:
+    spec = replace(flux2.SPEC, text_length=None)
+    with pytest.raises(sl.UnsupportedBackboneError, match="fill in `text_length`"):
+        spec.block_list(nn.Module())

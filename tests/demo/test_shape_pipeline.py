@@ -27,6 +27,7 @@ from shivelight.demo.shape_pipeline import (
 )
 from shivelight.demo.shapes import ShapeData, centres, view
 from shivelight.errors import DataError, ShivelightError
+from shivelight.training.denoisers import denoiser_for
 
 needs_hy3dgen = pytest.mark.skipif(bool(hy3dgen.available()), reason=hy3dgen.available() or "present")
 SETTINGS = {
@@ -177,3 +178,20 @@ def test_a_picture_that_is_no_view_is_refused() -> None:
     for picture in (Image.new("RGB", (32, 32)), Image.new("L", (64, 32))):
         with pytest.raises(DataError, match="mode L, 32 x 32"):
             ViewProcessor()(picture)
+
+
+@needs_hy3dgen
+def test_the_denoiser_of_training_speaks_hunyuan3ds_convention() -> None:
+    pipe = tiny()
+    denoiser = denoiser_for(pipe)
+    clean, sigmas = torch.randn(2, 24, 4), torch.tensor([0.25, 1.0])
+    noises = torch.randn(2, 24, 4)
+    tokens = pipe.conditioner(image=torch.rand(2, 1, 32, 32))
+    noisy = denoiser.noisy(clean, noises, sigmas)
+    torch.testing.assert_close(noisy[1], noises[1])
+    velocity = denoiser.target(clean, noises, sigmas)
+    # Along it, what is left of the time leads to the data.
+    torch.testing.assert_close(noisy + sigmas[:, None, None] * velocity, clean)
+    wanted = pipe.model(noisy, 1 - sigmas, tokens)
+    assert torch.equal(denoiser.predict(pipe.model, noisy, sigmas, tokens), wanted)
+    assert denoiser.tokens(clean.shape[1:]) == 24 and denoiser.patch() == 1

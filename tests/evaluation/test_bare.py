@@ -11,7 +11,7 @@ from shivelight.adapter import routed_of
 from shivelight.backbones import find_spec
 from shivelight.backbones.presets import PRESETS, read_preset
 from shivelight.cost import planned_ratio
-from shivelight.evaluation.bare import BareLoop, check_memory, example_call, routings, timed_rows
+from shivelight.evaluation.bare import BareLoop, bare_points, check_memory, example_call, timed_rows
 from shivelight.evaluation.results import new_results, validate
 
 
@@ -48,9 +48,10 @@ def test_a_published_shape_takes_its_example(name: str) -> None:
 
 def test_rows_are_timed_in_turns_and_hold_the_plan() -> None:
     model = build("flux").transformer
-    points = routings([0.6], [0.5], find_spec(model))
-    assert [method for method, _, _ in points.values()] == ["tokens", "tokens+reuse", "blocks+reuse"]
-    rows = timed_rows(model, 1, 64, 6, 4, points, rounds=2, described={"variant": "tiny"})
+    loop = BareLoop(model, 1, 64, 6, 4)
+    points = bare_points(loop, [0.6], [0.5])
+    assert [point.method for point in points] == ["tokens", "tokens+reuse", "blocks+reuse"]
+    rows = timed_rows(loop, points, rounds=2, described={"variant": "tiny"})
     assert [row["method"] for row in rows] == ["dense", "tokens", "tokens+reuse", "blocks+reuse"]
     assert rows[0]["planned_ratio"] == 1.0 and "speedup" not in rows[0]
     for row in rows[1:]:
@@ -62,20 +63,21 @@ def test_rows_are_timed_in_turns_and_hold_the_plan() -> None:
     assert not hasattr(model, "shivelight")
 
 
-def test_the_plan_of_tokens_is_the_schedules() -> None:
-    model = build("sd3").transformer
-    loop = BareLoop(model, 1, 64, 6, 4)
-    config = routings([0.5], [], find_spec(model))["tokens keep 0.5"][2]
-    sl.attach(loop, config)
-    loop()
-    routed = routed_of(loop)
-    schedule = sl.current_schedule(loop, 4)
-    wanted = planned_ratio(routed.planner.costs, schedule.keep, routed.routed, 64, 6)
-    assert routed.spending.ratio == pytest.approx(wanted) and 0 < schedule.mean_keep <= 0.5
+def test_the_plan_of_tokens_is_what_they_spend() -> None:
+    loop = BareLoop(build("sd3").transformer, 1, 64, 6, 4)
+    (point,) = bare_points(loop, [0.5], [])
+    with point.state():
+        loop()
+        routed = routed_of(loop)
+        schedule = sl.current_schedule(loop, 4)
+        wanted = planned_ratio(routed.planner.costs, schedule.keep, routed.routed, 64, 6)
+        assert routed.spending.ratio == pytest.approx(wanted) and 0 < schedule.mean_keep <= 0.5
+    assert timed_rows(loop, [point], rounds=1)[1]["planned_ratio"] == pytest.approx(wanted)
 
 
 def test_what_cannot_be_timed_says_why() -> None:
     with pytest.raises(sl.ShivelightError, match=r"The weights of Big take 2000000.0 GB.*--blocks"):
         check_memory(10**15, torch.bfloat16, "cpu", "Big")
     check_memory(10, torch.bfloat16, "cpu", "small")
-    assert not [name for name in routings([0.5], [0.5], find_spec(build("sana").transformer)) if "tokens" in name]
+    sana = BareLoop(build("sana").transformer, 1, 16, 5, 4)
+    assert [point.method for point in bare_points(sana, [0.5], [0.5])] == ["blocks+reuse"]

@@ -133,6 +133,17 @@ def test_the_begin_index_is_where_the_schedule_starts(pipe: StableDiffusion3Pipe
     assert contexts[0].steps == tuple(pipe.scheduler.timesteps[3:].tolist())
 
 
+@pytest.mark.parametrize(("dtype", "place"), [(torch.float32, 2), (torch.bfloat16, 2), (torch.float32, None)])
+def test_a_generation_that_nobody_announced_begins_at_the_timestep_it_is_called_with(
+    pipe: StableDiffusion3Pipeline, dtype: torch.dtype, place: int | None
+) -> None:
+    pipe.scheduler.set_timesteps(7)
+    # A timestep of nobody's schedule says nothing.
+    time = pipe.scheduler.timesteps[2] if place is not None else pipe.scheduler.timesteps[2] + 5.0
+    context = Clock(pipe, "none").tick(time.to(dtype).expand(2))
+    assert context.step == 0 and len(context.steps) == 7 - (place or 0)
+
+
 def test_every_call_of_a_multi_call_solver_is_a_step(pipe: StableDiffusion3Pipeline) -> None:
     pipe.scheduler = FlowMatchHeunDiscreteScheduler()
     clock = Clock(pipe, "batched")

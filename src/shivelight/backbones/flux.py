@@ -21,7 +21,7 @@ def _adapter(block: Any) -> str:
     return ""
 
 
-_DOUBLE = BlockSpec(
+DOUBLE = BlockSpec(
     path="transformer_blocks",
     arguments=("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "joint_attention_kwargs"),
     image_argument="hidden_states",
@@ -48,7 +48,7 @@ _DOUBLE = BlockSpec(
     mlp=Mlp(up=("ff.net.0.proj",), down="ff.net.2"),
 )
 _SINGLE = replace(
-    _DOUBLE,
+    DOUBLE,
     path="single_transformer_blocks",
     streams=Streams(both=("attn.to_[qkv]", "proj_mlp", "proj_out"), sample=("norm.linear",), joint_attention=("attn",)),
     rotary=Rotary("image_rotary_emb", interleaved_angles, both=("attn.norm_q", "attn.norm_k")),
@@ -80,7 +80,7 @@ def _example(model: Any, samples: int, tokens: int, text_tokens: int) -> dict[st
 SPEC = BackboneSpec(
     name="flux",
     classes=("FluxTransformer2DModel",),
-    blocks=(_DOUBLE, _SINGLE),
+    blocks=(DOUBLE, _SINGLE),
     timestep_embedding="time_text_embed",
     timestep_argument="timestep",
     # The pipelines pass timesteps over 1000.

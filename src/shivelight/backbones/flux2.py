@@ -1,14 +1,15 @@
 """FLUX.2: diffusers' Flux2Transformer2DModel. Double blocks, then single ones over both streams, joined."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from shivelight.backbones.flux import interleaved_angles, places
+from shivelight.backbones.flux import DOUBLE, interleaved_angles, places
 from shivelight.backbones.spec import BackboneSpec, BlockSpec, Mlp, Rotary, Streams
 
-_DOUBLE = BlockSpec(
-    path="transformer_blocks",
+_DOUBLE = replace(
+    DOUBLE,
     arguments=(
         "hidden_states",
         "encoder_hidden_states",
@@ -17,22 +18,11 @@ _DOUBLE = BlockSpec(
         "image_rotary_emb",
         "joint_attention_kwargs",
     ),
-    image_argument="hidden_states",
-    text_argument="encoder_hidden_states",
-    # Cosines and sines of the text's places and then the image's, [M + N, *].
-    shared_arguments=("image_rotary_emb",),
-    returns=("text", "image"),
+    # Modulation is made once for all blocks, outside of them.
     streams=Streams(
         image=("attn.to_[qkv]", "attn.to_out.0", "ff.linear_*"),
         text=("attn.add_[qkv]_proj", "attn.to_add_out", "ff_context.linear_*"),
         joint_attention=("attn",),
-    ),
-    context_linears=("attn.to_k", "attn.to_v"),
-    rotary=Rotary(
-        "image_rotary_emb",
-        interleaved_angles,
-        image=("attn.norm_q", "attn.norm_k"),
-        text=("attn.norm_added_q", "attn.norm_added_k"),
     ),
     # Of the image stream; the text's, `ff_context`, runs whole.
     mlp=Mlp(up=("ff.linear_in",), down="ff.linear_out", halves=2),

@@ -4,18 +4,16 @@ from typing import Any
 
 import torch
 
-from shivelight.backbones.spec import BackboneSpec, BlockSpec, Mlp, Streams, near_square
+from shivelight.backbones.spec import BackboneSpec, BlockSpec, Mlp, Streams, grid_latents
 
 
 def _example(model: Any, samples: int, tokens: int, text_tokens: int) -> dict[str, Any]:
-    config, (rows, columns) = model.config, near_square(tokens)
+    config = model.config
     size: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
     if model.use_additional_conditions:
         size = {"resolution": torch.full((samples, 2), 1024.0), "aspect_ratio": torch.ones(samples, 1)}
     return {
-        "hidden_states": torch.randn(
-            samples, config.in_channels, rows * config.patch_size, columns * config.patch_size
-        ),
+        "hidden_states": grid_latents(config, samples, tokens),
         "encoder_hidden_states": torch.randn(samples, text_tokens, config.caption_channels),
         "added_cond_kwargs": size,
     }

@@ -4,15 +4,13 @@ from typing import Any
 
 import torch
 
-from shivelight.backbones.spec import BackboneSpec, BlockSpec, Streams, near_square
+from shivelight.backbones.spec import BackboneSpec, BlockSpec, Streams, grid_latents
 
 
 def _example(model: Any, samples: int, tokens: int, text_tokens: int) -> dict[str, Any]:
-    config, (rows, columns) = model.config, near_square(tokens)
+    config = model.config
     return {
-        "hidden_states": torch.randn(
-            samples, config.in_channels, rows * config.patch_size, columns * config.patch_size
-        ),
+        "hidden_states": grid_latents(config, samples, tokens),
         "encoder_hidden_states": torch.randn(samples, text_tokens, config.caption_channels),
     }
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from shivelight.errors import UnsupportedBackboneError
@@ -279,6 +280,12 @@ def near_square(tokens: int) -> tuple[int, int]:
     """
     rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
     return rows, tokens // rows
+
+
+def grid_latents(config: Any, samples: int, tokens: int) -> Tensor:
+    """Random latents [B, C, h, w] of `near_square` pictures that a backbone of this config makes so many image tokens of."""
+    rows, columns = (side * config.patch_size for side in near_square(tokens))
+    return torch.randn(samples, config.in_channels, rows, columns)
 
 
 _REGISTRY: dict[str, BackboneSpec] = {}

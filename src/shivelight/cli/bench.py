@@ -12,7 +12,7 @@ from shivelight.backbones.presets import PRESETS, read_preset
 from shivelight.cli import common
 from shivelight.config import BlockRouting, Reuse, RoutingConfig, TokenRouting
 from shivelight.cost import backbone_costs, planned_ratio, step_flops
-from shivelight.evaluation.bare import check_memory, routings, timed_rows
+from shivelight.evaluation.bare import BareLoop, bare_points, check_memory, timed_rows
 from shivelight.evaluation.results import new_results, new_row
 from shivelight.execution.routed import Routed
 from shivelight.report.style import budget_label
@@ -61,16 +61,7 @@ def bench(
             raise typer.BadParameter(
                 "Counting needs --keep alone; --compute is for --random-weights.", param_hint="--compute"
             )
-        rows: list[dict[str, Any]] = []
-        table = Table(*SHAPE_HEADS)
-        for name in names:
-            for row in shape_rows(name, keep or [0.8, 0.6]):
-                rows.append(row)
-                table.add_row(*shape_cells(row))
-        Console(width=max(common.console.width, 140)).print(table)
-        results = new_results(seed=seed, backbone={"class": "published shapes, on the meta device"})
-        results["rows"] = rows
-        common.save_json(json, results)
+        common.save_json(json, count_shapes(names, keep or [0.8, 0.6], seed))
         return
     common.quiet_libraries()
     common.check_device(device)
@@ -81,21 +72,34 @@ def bench(
         preset, kind = read_preset(name), getattr(torch, dtype)
         parameters = sum(parameter.numel() for parameter in preset.build(blocks=blocks).parameters())
         check_memory(parameters, kind, device, preset.title)
-        model = preset.build(device, kind, blocks)
-        points = routings(keep or ([] if compute else [0.8, 0.6]), compute or [], find_spec(model))
-        shape = batch, tokens or preset.image_tokens, preset.text_tokens, steps
+        loop = BareLoop(
+            preset.build(device, kind, blocks), batch, tokens or preset.image_tokens, preset.text_tokens, steps, seed
+        )
+        points = bare_points(loop, keep or ([] if compute else [0.8, 0.6]), compute or [])
+        described = {
+            "variant": name, "title": preset.title, "image_tokens": loop.shape[0], "text_tokens": loop.shape[1],
+            "parameters": parameters,
+        }  # fmt: skip
+        if blocks is not None:
+            described["blocks_of_a_kind"] = blocks
         with common.progress_bar(name, (rounds + 1) * (1 + len(points))) as advance:
-            described = {
-                "variant": name, "title": preset.title, "image_tokens": shape[1], "text_tokens": shape[2],
-                "parameters": parameters,
-            }  # fmt: skip
-            if blocks is not None:
-                described["blocks_of_a_kind"] = blocks
-            timed = timed_rows(model, *shape, points, rounds, seed, advance, described)
+            timed = timed_rows(loop, points, rounds, seed, advance, described)
         results["rows"] += timed
         print_timed(preset.title, timed)
-        del model
+        del loop, points  # before the next one's weights are made
     common.save_json(json, results)
+
+
+def count_shapes(names: list[str], keeps: list[float], seed: int) -> dict[str, Any]:
+    """Print the table of published shapes; returns the results."""
+    results = new_results(seed=seed, backbone={"class": "published shapes, on the meta device"})
+    table = Table(*SHAPE_HEADS)
+    for name in names:
+        for row in shape_rows(name, keeps):
+            results["rows"].append(row)
+            table.add_row(*shape_cells(row))
+    Console(width=max(common.console.width, 140)).print(table)
+    return results
 
 
 def print_timed(title: str, rows: list[dict[str, Any]]) -> None:

@@ -4,20 +4,22 @@ What is timed does not depend on the weights: which tokens and blocks run may, h
 """
 
 import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 import shivelight as sl
-from shivelight.adapter import routed_of
+from shivelight.adapter import planned_ratio, routed_of
 from shivelight.backbones import BackboneSpec, find_spec
-from shivelight.config import BlockRouting, Reuse, RoutingConfig, TokenRouting
+from shivelight.config import RoutingConfig, TokenRouting
 from shivelight.errors import ShivelightError, UnsupportedBackboneError
-from shivelight.evaluation.latency import Timings, interleave, peak_memory_mb, synchronize
+from shivelight.evaluation.comparison import OperatingPoint
+from shivelight.evaluation.latency import interleave, peak_memory_mb, synchronize
 from shivelight.evaluation.results import new_row
 
 
@@ -36,10 +38,9 @@ class BareLoop:
         UnsupportedBackboneError: the family's spec does not say what input looks like.
     """
 
-    def __init__(
-        self, model: nn.Module, samples: int, tokens: int, text_tokens: int, steps: int, seed: int = 0
-    ) -> None:
+    def __init__(self, model: Any, samples: int, tokens: int, text_tokens: int, steps: int, seed: int = 0) -> None:
         self.transformer, self.spec, self.steps = model, find_spec(model), steps
+        self.samples, self.shape = samples, (tokens, text_tokens)
         self.scheduler = FlowMatchEulerDiscreteScheduler()
         reference = next(model.parameters())
         self.call = example_call(model, self.spec, samples, tokens, text_tokens, seed)
@@ -55,8 +56,8 @@ class BareLoop:
             now = self._times + time / self.spec.timestep_scale
             output = self.transformer(**self.call | {self._first: latents, self.spec.timestep_argument: now})
             output = output if isinstance(output, Tensor) else output[0]
-            # Wherever a family gives more than velocities (learned variances), the first channels are of the input's kind.
-            velocity = output if output.shape == latents.shape else torch.zeros_like(latents)
+            # Where a family gives more than velocities (learned variances), the first channels are of the input's kind.
+            velocity = output if output.shape == latents.shape else output[:, : latents.shape[1]]
             latents = self.scheduler.step(velocity, time, latents)[0].to(latents.dtype)
         reset = getattr(self.transformer, "_reset_stateful_cache", None)
         if reset is not None:
@@ -92,36 +93,33 @@ def _moved(value: Any, reference: Tensor, name: str) -> Any:
     return value.to(reference.device, reference.dtype if casts else None)
 
 
-def routings(
-    keeps: list[float], computes: list[float], spec: BackboneSpec
-) -> dict[str, tuple[str, dict[str, float], Any]]:
-    """What is timed beside dense, by a name: (method, budget, config).
+def bare_points(loop: BareLoop, keeps: Sequence[float], computes: Sequence[float]) -> list[OperatingPoint]:
+    """What is timed beside dense.
 
     Args:
+        loop: of the backbone.
         keeps: mean keep ratios of learned token routers (random ones, which cost as much).
         computes: shares of the dense FLOPs, for what needs no training: tokens that reuse, and whole blocks.
-        spec: of the backbone.
     """
-    points: dict[str, tuple[str, dict[str, float], Any]] = {}
-    if not spec.no_tokens:
-        for keep in keeps:
-            config = RoutingConfig(TokenRouting(), keep=keep)
-            points[f"tokens keep {keep:g}"] = ("tokens", {"keep": keep}, config)
+    asked: list[tuple[str, dict[str, float], RoutingConfig]] = []
+    tokens = not loop.spec.no_tokens
+    if tokens:
+        asked += [("tokens", {"keep": keep}, RoutingConfig(TokenRouting(), keep=keep)) for keep in keeps]
     for compute in computes:
-        budget = {"compute": compute}
-        if not spec.no_tokens:
-            config = RoutingConfig.training_free(compute=compute)
-            points[f"tokens+reuse compute {compute:g}"] = ("tokens+reuse", budget, config)
-        blocks = RoutingConfig(None, BlockRouting(router="interval", widths=(1.0,)), reuse=Reuse(), compute=compute)
-        points[f"blocks+reuse compute {compute:g}"] = ("blocks+reuse", budget, blocks)
-    return points
+        axes: dict[str, Literal["tokens", "blocks"]] = {"tokens+reuse": "tokens"} if tokens else {}
+        for method, axis in (axes | {"blocks+reuse": "blocks"}).items():
+            asked.append((method, {"compute": compute}, RoutingConfig.training_free(compute=compute, axis=axis)))
+    return [
+        OperatingPoint(method, budget, loop.steps, partial(_attached, loop, config)) for method, budget, config in asked
+    ]
 
 
 @contextmanager
-def _attached(loop: BareLoop, config: RoutingConfig) -> Any:
+def _attached(loop: BareLoop, config: RoutingConfig) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sl.attach(loop, config)
+    routed_of(loop).shape = loop.shape
     try:
         yield
     finally:
@@ -129,67 +127,45 @@ def _attached(loop: BareLoop, config: RoutingConfig) -> Any:
 
 
 def timed_rows(
-    model: nn.Module,
-    samples: int,
-    tokens: int,
-    text_tokens: int,
-    steps: int,
-    points: dict[str, tuple[str, dict[str, float], Any]],
+    loop: BareLoop,
+    points: Sequence[OperatingPoint],
     rounds: int,
     seed: int = 0,
-    progress: Any = None,
+    progress: Callable[[str], None] | None = None,
     described: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of results.json: dense and every point, timed in turns; speed-ups are of whole generations of the backbone.
 
     Args:
-        model: the backbone, on its device.
-        samples, tokens, text_tokens, steps: see `BareLoop`.
-        points: from `routings`.
+        loop: of the backbone.
+        points: from `bare_points`.
         rounds: timed ones.
-        seed: of input and intervals.
+        seed: of the intervals.
         progress: told the name of each run.
         described: further entries of every row.
     """
-    loop = BareLoop(model, samples, tokens, text_tokens, steps, seed)
-    device = next(model.parameters()).device
-    planned = {}
-    for name, (_, _, config) in points.items():
-        with _attached(loop, config):
-            planned[name] = routed_of(loop).planned_ratio(_steps(loop), tokens, text_tokens)
-    states: dict[str, Any] = {name: partial(_attached, loop, config) for name, (_, _, config) in points.items()}
+    dense = OperatingPoint("dense", {}, loop.steps, nullcontext)
+    points = [dense, *points]
+    device = next(loop.transformer.parameters()).device
     timings = interleave(
-        dict.fromkeys(["dense", *points], loop), rounds, 1, synchronize(device), None, progress, states
-    )
-    common = {
-        "steps": steps,
-        "batch": samples,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "compiled": False,
-    } | (described or {})
-    rows = [_row("dense", {}, "dense", timings, 1.0, loop, None, common, seed)]
-    for name, (method, budget, _) in points.items():
-        rows.append(_row(method, budget, name, timings, planned[name], loop, states[name], common, seed))
-    return rows
-
-
-def _steps(loop: BareLoop) -> tuple[float, ...]:
-    probe = FlowMatchEulerDiscreteScheduler()
-    probe.set_timesteps(loop.steps)
-    return tuple(float(time) for time in probe.timesteps)
-
-
-def _row(
-    method: str, budget: dict[str, float], name: str, timings: Timings, planned: float | None, loop: BareLoop,
-    state: Any, common: dict[str, Any], seed: int,
-) -> dict[str, Any]:  # fmt: skip
-    speedup = None if method == "dense" else timings.speedup(name, seed=seed)
-    with nullcontext() if state is None else state():
-        peak = peak_memory_mb(loop, next(loop.transformer.parameters()).device)
-    return new_row(
-        method, budget, planned_ratio=planned, latency_ms=timings.latency_ms(name), speedup=speedup,
-        efficiency=None if speedup is None or planned is None else speedup.value * planned, peak_memory_mb=peak, **common,
+        {point.name: loop for point in points}, rounds, 1, synchronize(device), None, progress,
+        {point.name: point.state for point in points},
     )  # fmt: skip
+    rows = []
+    for point in points:
+        speedup = None if point is dense else timings.speedup(point.name, dense.name, seed=seed)
+        with point.state():
+            planned = 1.0 if point is dense else planned_ratio(loop, loop.steps)
+            peak = peak_memory_mb(loop, device)
+        rows.append(
+            new_row(
+                point.method, point.budget, planned_ratio=planned, latency_ms=timings.latency_ms(point.name), speedup=speedup,
+                efficiency=None if speedup is None or planned is None else speedup.value * planned, peak_memory_mb=peak,
+                steps=loop.steps, batch=loop.samples, dtype=str(loop.transformer.dtype).removeprefix("torch."), compiled=False,
+                **described or {},
+            )
+        )  # fmt: skip
+    return rows
 
 
 def check_memory(parameters: int, dtype: torch.dtype, device: torch.device | str, name: str) -> None:

@@ -30,6 +30,8 @@ from shivelight.execution.routed import Routed
 from shivelight.pipelines import any_caption, draw
 
 Progress = Callable[[str], None]
+# What `Comparison.clock` says of a row.
+CLOCK = ("latency_ms", "speedup", "speedup_end_to_end", "efficiency")
 Variant = dict[str, Any]
 # Routers and deltas of one backbone, as `adapter_files.read_adapter` returns them.
 Adapter = tuple[Routed, dict[str, Delta]]
@@ -77,6 +79,13 @@ class OperatingPoint:
         """A name of its own within one comparison."""
         budget = "".join(f" {key} {value:g}" for key, value in self.budget.items())
         return f"{self.method}{budget} {self.steps} steps"
+
+
+def point_key(row: OperatingPoint | dict[str, Any]) -> tuple[str, tuple[tuple[str, float], ...], int]:
+    """What a row of results.json and its operating point have in common."""
+    if isinstance(row, OperatingPoint):
+        return row.method, tuple(sorted(row.budget.items())), row.steps
+    return row["method"], tuple(sorted(row["budget"].items())), row["steps"]
 
 
 class Comparison:
@@ -284,6 +293,30 @@ class Comparison:
             values = {name: getattr(speedup, name) * planned for name in ("value", "low", "high")}
             figures["efficiency"] = replace(speedup, **values)
         return figures
+
+    def retime(
+        self,
+        rows: Sequence[dict[str, Any]],
+        points: Sequence[OperatingPoint],
+        rounds: int,
+        captions: Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> None:
+        """Time rows of an earlier run anew and replace their clock (`CLOCK`); what was drawn and judged stays.
+
+        Args:
+            rows: of results.json, the dense reference first.
+            points: among which those of the rows are.
+            rounds, captions, progress: see `time`.
+        """
+        known = {point_key(point): point for point in points}
+        chosen = [known[point_key(row)] for row in rows]
+        timings = self.time(chosen, rounds, progress=progress, captions=captions)
+        for row, point in zip(rows, chosen, strict=True):
+            clock = self.clock(timings, point, chosen[0], row.get("planned_ratio"))
+            fresh = new_row(row["method"], row["budget"], **clock)
+            ci95 = {name: interval for name, interval in row.get("ci95", {}).items() if name not in CLOCK}
+            row.update({name: fresh[name] for name in CLOCK if name in fresh}, ci95=ci95 | fresh["ci95"])
 
     def rows(
         self,

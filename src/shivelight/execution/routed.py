@@ -362,11 +362,6 @@ class Routed(nn.Module):
     def read_gates(self, block: int, x: Tensor, text: Tensor | None, first: int = 0) -> Tensor:
         """Gate and width logits [b, 1 + S] of x [b, N, D], the samples of the batch from `first` on."""
         assert self.gates is not None
-        if next(self.gates.parameters()).is_meta:
-            raise UnsupportedBackboneError(
-                "The block routers are offloaded layer by layer (sequential offload), where their weights cannot be read. Use "
-                "enable_model_cpu_offload, or load the adapter after offloading."
-            )
         time, condition = self.embeddings(len(x), slice(first, None))
         logits = self.gates.router(block, x, time, condition, None if text is None else text[first:])
         return torch.cat([logits.gate[:, None], logits.width], dim=1)

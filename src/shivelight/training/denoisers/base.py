@@ -60,7 +60,7 @@ class Denoiser:
 
     def patch(self) -> int:
         """Places of the latents, along one side, that make one image token."""
-        size = getattr(getattr(self.pipe.transformer, "config", None), "patch_size", 1)
+        size = getattr(getattr(backbone_of(self.pipe), "config", None), "patch_size", 1)
         return int(size if isinstance(size, int) else size[-1])
 
     def call_options(self, side: int, max_sequence_length: int | None) -> dict[str, Any]:
