@@ -12,7 +12,7 @@ from shivelight import BudgetError, UnsupportedBackboneError
 from shivelight.backbones import Streams, find_spec
 from shivelight.backbones.spec import Mlp
 from shivelight.cost import BlockCost, backbone_costs, block_cost, kept_channels, planned_ratio, step_flops
-from shivelight.execution.width import NarrowMlps, call_narrow
+from shivelight.execution.width import NarrowMlps, OwnForward, call_narrow
 
 
 def counted_flops(model: SD3Transformer2DModel, side: int, text_tokens: int) -> list[int]:
@@ -97,7 +97,7 @@ def test_the_plan_of_a_narrow_block_is_what_torch_counts(pipe: StableDiffusion3P
         counter = FlopCounterMode(display=False)
         inputs = (torch.randn(1, 12, 32), torch.randn(1, 5, 32), torch.randn(1, 32))
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            call_narrow(blocks[index], narrow.replacements(index, share), blocks[index].forward, *inputs)
+            call_narrow(OwnForward(blocks[index], blocks[index].forward), narrow.replacements(index, share), *inputs)
         assert cost.flops(12, 5, share) == counter.get_total_flops()
 
 

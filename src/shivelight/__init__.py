@@ -3,6 +3,7 @@
 from shivelight.adapter import (
     attach,
     branch,
+    compile,
     current_schedule,
     dense,
     detach,
@@ -39,6 +40,7 @@ __all__ = [
     "UnsupportedBackboneError",
     "attach",
     "branch",
+    "compile",
     "current_schedule",
     "dense",
     "detach",

@@ -10,7 +10,8 @@ from torch import nn
 from shivelight.backbones import find_spec
 from shivelight.config import UNTRAINED, RoutingConfig
 from shivelight.errors import AdapterError, BudgetError, ShivelightError, UnsupportedBackboneError
-from shivelight.execution.attachment import check_named, put_on, refuse_unsupported, take_off
+from shivelight.execution.attachment import check_named, compile_blocks, put_on, refuse_unsupported, take_off
+from shivelight.execution.compiled import CompiledRegions, Lengths
 from shivelight.execution.context import GRID, Branch, is_set
 from shivelight.execution.folding import Delta
 from shivelight.execution.planning import Budget
@@ -169,6 +170,35 @@ def _budget(keep: float | None, compute: float | None, threshold: float | None, 
     return Budget("compute", compute, cap=cap)
 
 
+def compile(model: Any, *, lengths: Lengths = "auto", **options: Any) -> Any:
+    """Run the blocks of an attached model as compiled graphs, routed and dense; the decisions around them stay Python.
+
+    Graphs are compiled when a generation first needs them, shared by blocks of one kind, kept on disk by torch, and reported by
+    `summary`. Without gradients only: training runs as before. Compiling again, with other options, starts anew; `detach` ends it.
+
+    Args:
+        model: an attached pipeline or transformer; not one that `torch.compile` has wrapped as a whole.
+        lengths: how blocks on fewer tokens are compiled. "static": a graph for each number of tokens, which are then rounded to
+            32nds of all, so that there are few. "dynamic": one graph for any number. "auto" measures which is faster.
+        options: of `torch.compile`, such as mode="max-autotune-no-cudagraphs"; fullgraph=True by default.
+
+    Returns:
+        `model`, changed in place.
+
+    Raises:
+        AdapterError: nothing is attached.
+        ShivelightError: it is compiled as a whole; or, in the first generation, a block is no single graph.
+    """
+    whole = getattr(model, "transformer", model)
+    if hasattr(whole, "_orig_mod"):
+        raise ShivelightError(
+            "This model was compiled as a whole by torch.compile, which would trace the routing too. Give the model itself "
+            "(`model._orig_mod`) to the pipeline, and to shivelight.compile."
+        )
+    compile_blocks(backbone_of(model), routed_of(model), lengths, options)
+    return model
+
+
 def current_schedule(model: Any, steps: int | None = None) -> Schedule:
     """The integers that a generation follows: kept tokens per step and routed block.
 
@@ -251,6 +281,8 @@ def summary(model: Any) -> str:
     if routed.spending.ratio is not None:
         acted = ", ".join(f"{action} {count}" for action, count in routed.spending.actions.items() if count)
         lines.append(f"realised by the last generation: {routed.spending.ratio:.4f} of dense ({acted})")
+    if isinstance(routed.regions, CompiledRegions):
+        lines.append(f"compiled: {routed.regions}")
     if tokens is not None:
         lines.append(f"schedule: {current_schedule(backbone)}")
     return "\n".join(lines)

@@ -20,7 +20,7 @@ import shivelight as sl
 from shivelight.backbones import flux2, sd3
 from shivelight.backbones.spec import Mlp
 from shivelight.execution.folding import Delta, FoldedWeights
-from shivelight.execution.width import NarrowMlps, call_narrow, resized
+from shivelight.execution.width import NarrowMlps, OwnForward, call_narrow, resized
 
 PLAIN = Mlp(up=("net.0.proj",), down="net.2")
 GATED = Mlp(up=("net.0.proj",), down="net.2", halves=2)
@@ -93,7 +93,7 @@ def masked(case: Case, kept: Tensor) -> Tensor:
 def narrowed(case: Case, narrow: NarrowMlps, share: float) -> Tensor:
     replacements = narrow.replacements(3, share)
     with resized(case.block, narrow.sizes(3, share)):
-        return flat(call_narrow(case.block, replacements, case.block.forward, *case.inputs))
+        return flat(call_narrow(OwnForward(case.block, case.block.forward), replacements, *case.inputs))
 
 
 def kept_of(case: Case, order: dict[int, Tensor] | None, share: float) -> Tensor:
@@ -363,7 +363,7 @@ class Counting(ModelHook):
         replacements = self.narrow.replacements(3, 0.5)
         if self.directly:
             return functional_call(module, replacements, args, kwargs, tie_weights=False)
-        return call_narrow(module, replacements, inner, *args, **kwargs)
+        return call_narrow(OwnForward(module, inner), replacements, *args, **kwargs)
 
 
 @pytest.mark.parametrize("directly", [False, True])
@@ -390,7 +390,7 @@ def test_weights_are_put_back_when_the_block_fails() -> None:
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        call_narrow(case.block, case.narrow(case.order()).replacements(3, 0.5), fail, *case.inputs)
+        call_narrow(OwnForward(case.block, fail), case.narrow(case.order()).replacements(3, 0.5), *case.inputs)
     assert all(parameter is before[name] for name, parameter in case.block.named_parameters())
 
 

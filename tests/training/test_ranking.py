@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import shivelight as sl
 from shivelight.backbones import sd3
 from shivelight.backbones.spec import Mlp
-from shivelight.execution.width import NarrowMlps, call_narrow
+from shivelight.execution.width import NarrowMlps, OwnForward, call_narrow
 from shivelight.training.ranking import channel_importance, rank_channels
 
 PLAIN = Mlp(up=("net.0.proj",), down="net.2")
@@ -164,7 +164,7 @@ def test_ranked_a_quarter_of_the_channels_is_closer_to_the_whole(criterion: str)
 
     def error(orders: dict[int, Tensor] | None) -> float:
         replacements = NarrowMlps({0: block}, everywhere(PLAIN), orders).replacements(0, 0.25)
-        return float((call_narrow(block, replacements, block.forward, x) - whole).square().mean())
+        return float((call_narrow(OwnForward(block, block.forward), replacements, x) - whole).square().mean())
 
     assert set(order[0][:8].tolist()) == set(range(24, 32))
     assert error(order) < 0.05 * error(None)

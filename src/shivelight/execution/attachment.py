@@ -17,7 +17,9 @@ from torch import nn
 
 from shivelight.backbones import BackboneSpec
 from shivelight.errors import UnsupportedBackboneError
-from shivelight.execution.hook import ActivationHook, BlockHook, EmbeddingHook, RootHook, refuse_parallel
+from shivelight.execution.compiled import CompiledRegions, Lengths
+from shivelight.execution.hook import BlockHook, WholeHook
+from shivelight.execution.listeners import ActivationHook, EmbeddingHook, RootHook, refuse_parallel
 from shivelight.execution.routed import NAME, Routed
 
 # What enable_layerwise_casting leaves alone, in diffusers' models.
@@ -117,6 +119,24 @@ def _register_hooks(backbone: nn.Module, routed: Routed, spec: BackboneSpec) -> 
         backbone.register_load_state_dict_pre_hook(_before_load),
         backbone.register_load_state_dict_post_hook(_after_load),
     ]
+
+
+def compile_blocks(backbone: nn.Module, routed: Routed, lengths: Lengths, options: dict[str, Any]) -> None:
+    """Run all blocks as compiled graphs from now on; see `CompiledRegions`."""
+    routed.regions = CompiledRegions(lengths, options)
+    # Few numbers of tokens, if each may have a graph: the coarsest that `count_unit` allows.
+    tokens = routed.config.tokens
+    routed.planner.granularity = 1 if tokens is None else tokens.granularity if lengths == "dynamic" else 0
+    routed.planner.forget()
+    for index, (kind, block) in enumerate(routed.spec.block_list(backbone)):
+        if index not in routed.routed and _registry_hook(block) is None:
+            _register(block, WholeHook(routed, kind))
+    HookRegistry.check_if_exists_or_initialize(backbone).invalidate_child_registries_cache()
+
+
+def _registry_hook(module: nn.Module) -> ModelHook | None:
+    registry = module.__dict__.get("_diffusers_hook")
+    return None if registry is None else registry.get_hook(NAME)
 
 
 def _register(module: nn.Module, hook: ModelHook) -> HookRegistry:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shivelight.backbones.spec import BlockSpec
+from shivelight.errors import UnsupportedBackboneError
 from shivelight.execution.tokens import gather_tokens, take_samples
 
 
@@ -30,6 +31,11 @@ class BlockCall:
 
     def __init__(self, kind: BlockSpec, args: tuple, kwargs: dict[str, Any], text_tokens: int = 0) -> None:
         self.kind = kind
+        if len(args) > len(kind.arguments):
+            raise UnsupportedBackboneError(
+                f"A block in {kind.path!r} was called with {len(args)} arguments, but its spec names {len(kind.arguments)}: "
+                f"{', '.join(kind.arguments)}. Correct `arguments` in the spec."
+            )
         self.arguments = dict(zip(kind.arguments, args, strict=False)) | kwargs
         self.returned: Any = None
         self._parts: tuple[Tensor, Tensor | None] | None = None

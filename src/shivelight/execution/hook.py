@@ -1,103 +1,43 @@
-"""The hooks: the root notes where we are, two listeners catch the embeddings, and each block runs on its kept tokens."""
+"""The hooks on blocks: each asks what to do now, and runs the block's own forward on what is to run."""
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.hooks import ModelHook
-from diffusers.models.activations import ApproximateGELU
 from torch import Tensor, nn
 
 from shivelight.backbones.spec import BlockSpec
-from shivelight.errors import ShivelightError, UnsupportedBackboneError
+from shivelight.errors import ShivelightError
 from shivelight.execution.call import BlockCall
 from shivelight.execution.gates import Decision
+from shivelight.execution.region import Loan, Taps, run_some, run_whole
 from shivelight.execution.reuse import BlockResiduals
-from shivelight.execution.rotary import turned
+from shivelight.execution.rotary import turning
 from shivelight.execution.routed import Routed
 from shivelight.execution.span import Passage
-from shivelight.execution.tokens import merge_samples, sample_index, write_back
-from shivelight.execution.width import call_narrow, masked_channels, resized
+from shivelight.execution.tokens import merge_samples, sample_index
+from shivelight.execution.width import OwnForward, masked_channels, resized
 from shivelight.routing import token_mask, top_k_indices
 
 
-def refuse_parallel(backbone: nn.Module) -> None:
-    """UnsupportedBackboneError where the sequence is sharded before the blocks."""
-    parallel = getattr(backbone, "_parallel_config", None)
-    if parallel is not None and getattr(parallel, "context_parallel_config", None) is not None:
-        raise UnsupportedBackboneError(
-            "Context parallelism shards the sequence before the blocks, so a top-k would be local to each rank. Disable it "
-            "to use Shivelight."
+class WholeHook(ModelHook):
+    """On a block that is never routed, where blocks are compiled: it is too."""
+
+    def __init__(self, routed: Routed, kind: BlockSpec) -> None:
+        super().__init__()
+        self.routed, self.kind = routed, kind
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """In the place of the block's forward."""
+        arguments, regions = (
+            BlockCall(self.kind, args, kwargs, self.routed.context.text_tokens).arguments,
+            self.routed.regions,
         )
-
-
-class RootHook(ModelHook):
-    """On the backbone: begins a step, and resets the state when a pipeline ends a generation."""
-
-    _is_stateful = True
-
-    def __init__(self, routed: Routed) -> None:
-        super().__init__()
-        self.routed = routed
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
-        """Note the timestep, and how much text there is where blocks do not tell."""
-        spec = self.routed.spec
-        arguments = dict(zip(spec.model_arguments, args, strict=False)) | kwargs
-        if self.routed.enabled:
-            refuse_parallel(module)
-        x = arguments.get(spec.model_arguments[0])
-        if isinstance(x, Tensor) and x.ndim and not len(x):
-            raise ShivelightError(
-                f"{type(module).__name__} was called with no samples: {tuple(x.shape)}. Give at least one."
-            )
-        if self.routed.enabled and (reason := spec.call_obstacle(arguments)):
-            raise UnsupportedBackboneError(
-                f"This call of {type(module).__name__} cannot be routed. {reason} Detach, or use shivelight.dense(model)."
-            )
-        self.routed.begin(arguments.get(spec.timestep_argument))
-        if spec.text_length is not None:
-            self.routed.context.text_tokens = spec.text_length(arguments)
-        return args, kwargs
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        """A generation has ended."""
-        self.routed.reset()
-        return module
-
-
-class EmbeddingHook(ModelHook):
-    """On the timestep or condition embedder: keeps its output in the context."""
-
-    def __init__(self, routed: Routed, field: str) -> None:
-        super().__init__()
-        self.routed, self.field = routed, field
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Keep it."""
-        context, given = self.routed.context, output
-        if self.field == "time_embedding" and context.given_timestep is not None:
-            given = self.routed.spec.sample_embeddings(output, context.given_timestep)
-        setattr(context, self.field, given)
-        return output
-
-
-# What `RoutingConfig.activation` names, as the classes that compute it after a projection `proj`.
-ACTIVATIONS: dict[str, type[nn.Module]] = {"quick-gelu": ApproximateGELU}
-
-
-class ActivationHook(ModelHook):
-    """On the module that projects up and activates: another activation after the same projection.
-
-    The projection is looked up at each call, so that a LoRA around it and narrowed weights count as ever.
-    """
-
-    def __init__(self, activation: str) -> None:
-        super().__init__()
-        self.computing = ACTIVATIONS[activation]
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """In the place of the module's forward."""
-        return self.computing.forward(module, *args, **kwargs)
+        return regions.run(
+            (*regions.form(module), 1.0, "all"), run_whole, self.fn_ref.original_forward, arguments, None, {}, {}
+        )
 
 
 class Selection(NamedTuple):
@@ -122,6 +62,13 @@ class BlockHook(ModelHook):
     def __init__(self, routed: Routed, block: int, kind: BlockSpec) -> None:
         super().__init__()
         self.routed, self.block, self.kind = routed, block, kind
+        self._taps = Taps()
+        self._own: OwnForward | None = None
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        """Taken off the block, with the taps on its layers."""
+        self._taps.remove()
+        return module
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """In the place of the block's forward."""
@@ -129,7 +76,8 @@ class BlockHook(ModelHook):
         call = BlockCall(self.kind, args, kwargs, routed.context.text_tokens)
         x = call.image
         if not routed.enabled:
-            output = self.fn_ref.original_forward(*args, **kwargs)
+            key = (*routed.regions.form(module), 1.0, "all")
+            output = routed.regions.run(key, run_whole, self.fn_ref.original_forward, call.arguments, None, {}, {})
             if routed.observer is not None:
                 self._show(call, *call.split(output), None)
             return output
@@ -138,6 +86,7 @@ class BlockHook(ModelHook):
         decisions = routed.decide(self.block, x, call.text, call.text_tokens)
         scores = self._scores_for(x, decisions)  # before the entry: a new one would have nothing to rank by
         entry = routed.remember(self.block, x, call.text)
+        self._prepare(module, call, entry)
         if entry is not None and routed.together:
             image, text, indices = *self._run_together(module, call, decisions[0], entry), None
         else:
@@ -229,6 +178,27 @@ class BlockHook(ModelHook):
         assert merged is not None
         return merged, merge_samples(texts, groups), None
 
+    def _prepare(self, module: nn.Module, call: BlockCall, entry: BlockResiduals | None) -> None:
+        """Where samples decide for themselves and blocks are compiled: run once, in vain, what this one may be asked for by any
+        prompt, so that no later generation waits for a graph."""
+        routed, x = self.routed, call.image
+        if not routed.samples_decide:
+            return
+        if entry is not None and not all(entry.complete) and self._context_layers(module):
+            return  # later, when keys and values are known
+        batch, tokens = x.shape[:2]
+        if not routed.regions.new_to((self.block, batch, tokens, call.text_tokens, entry is None, routed.budget)):
+            return
+        scores = torch.zeros(batch, tokens, device=x.device)
+        paired = routed.context.branch == "both" and routed.pairs_decide
+        sizes = {batch, 2} if paired else {batch, 1, min(2, batch)}  # torch has one graph for 1, and one for 2 and more
+        for members in (range(size) for size in sorted(sizes, reverse=True)):
+            samples = sample_index(members, x.device)
+            for decision in routed.possible(self.block, tokens, call.text_tokens):
+                inner = call.of_samples(samples, runs=True) if len(members) < batch else call
+                own = None if entry is None else entry.take(samples, members)
+                self._run_as(module, inner, decision, Selection(scores[: len(members)]), own)
+
     def _run_together(
         self, module: nn.Module, call: BlockCall, decision: Decision, entry: BlockResiduals
     ) -> tuple[Tensor, Tensor | None]:
@@ -239,7 +209,7 @@ class BlockHook(ModelHook):
             if not last:
                 return call.image, call.text
             return entry.add(call.image, call.text, routed.context.step, routed.config.reuse.max_age)
-        image, text = self._run(module, call, call.arguments, 1.0, None)
+        image, text = self._run(module, call)
         passage = routed.context.memo.setdefault("passage", Passage())
         if self.kind.joined:
             passage.follow_joined(call.stream, call.returned, call.text_tokens)
@@ -265,15 +235,11 @@ class BlockHook(ModelHook):
         indices = None
         if decision.tokens < x.shape[1]:  # a permuted k = N is not bit-identical, so nothing is gathered there
             assert selection.scores is not None
-            indices = top_k_indices(selection.scores, decision.tokens)
+            indices = self.routed.regions.run("kept", top_k_indices, selection.scores, decision.tokens)
         layers = {} if entry is None else self._context_layers(module)
-        arguments = call.on_tokens(x, indices, entry is not None and entry.completes(layers))
-        with turned(module, call, indices) as unturned:
-            if entry is None:
-                image, text = self._run(module, call, arguments | unturned, decision.width, selection.masks)
-                return (image if indices is None else write_back(x, indices, image)), text, indices
-            with self.routed.remembering(self.block, layers, entry, indices):
-                image, text = self._run(module, call, arguments | unturned, decision.width, selection.masks)
+        image, text = self._run(module, call, decision.width, selection.masks, indices, layers, entry)
+        if entry is None:
+            return image, text, indices
         assert self.routed.config.reuse is not None
         reuse = self.routed.config.reuse
         step = self.routed.context.step
@@ -281,18 +247,68 @@ class BlockHook(ModelHook):
         return entry.update(x, indices, image, step, reuse.max_age), text, indices
 
     def _run(
-        self, module: nn.Module, call: BlockCall, arguments: dict[str, Any], width: float, masks: Tensor | None
+        self,
+        module: nn.Module,
+        call: BlockCall,
+        width: float = 1.0,
+        masks: Tensor | None = None,
+        indices: Tensor | None = None,
+        context: Mapping[str, nn.Module] | None = None,
+        entry: BlockResiduals | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(image, text) of the block's own forward, its MLP narrowed where asked."""
-        if masks is not None and self.kind.mlp is not None:
-            with masked_channels(module, self.kind.mlp, masks):
-                return call.split(self.fn_ref.original_forward(**arguments))
-        forward, gates = self.fn_ref.original_forward, self.routed.gates
-        if width == 1.0 or gates is None or gates.narrow is None:
-            return call.split(forward(**arguments))
-        replacements = gates.narrow.replacements(self.block, width)
-        with resized(module, gates.narrow.sizes(self.block, width) if replacements else {}):
-            return call.split(call_narrow(module, replacements, forward, **arguments))
+        """(image, text) of the block's own forward.
+
+        Args:
+            module: the block.
+            call: of it.
+            width: share of its MLP that runs.
+            masks: [B, H] on the MLP's hidden channels, while widths are trained.
+            indices: [B, k], the tokens that run; None for all.
+            context: key and value projections, by name, whose outputs for the other tokens `entry` knows or is to know.
+            entry: residuals of this (pass, block); with it the image is of the tokens that ran alone, [B, k, D].
+        """
+        gates = self.routed.gates
+        turned, turns, unturned = turning(module, call, indices)
+        context = context or {}
+        attends_all = entry is not None and entry.completes(context)
+        lent = {} if entry is None else entry.lend(context, indices)
+        loans: dict[str, Loan] = {**turns, **lent}
+        taps = self._taps.on(turned | {name: layer for name, layer in context.items() if name in lent})
+        narrow, sizes = None, {}
+        if width < 1.0 and gates is not None and gates.narrow is not None:
+            replacements = gates.narrow.replacements(self.block, width)
+            if replacements:
+                narrow, sizes = (self._own_forward(module), replacements), gates.narrow.sizes(self.block, width)
+        masking = (
+            nullcontext() if masks is None or self.kind.mlp is None else masked_channels(module, self.kind.mlp, masks)
+        )
+        forward, form = self.fn_ref.original_forward, self.routed.regions.form(module)
+        key = (*form, width if narrow else 1.0, *sorted(taps))
+        with masking, resized(module, sizes):
+            if indices is None:
+                image, text = call.split(
+                    self.routed.regions.run((*key, "all"), run_whole, forward, call.arguments, narrow, taps, loans)
+                )
+            else:
+                image, text = self.routed.regions.run_tokens(
+                    (*key, attends_all, entry is None), indices, self.routed.distinct_counts, run_some, self.kind, forward,
+                    call.arguments, call.text_tokens, indices, attends_all, entry is None, unturned, narrow, taps, loans,
+                )  # fmt: skip
+        if unused := sorted(name for name, loan in loans.items() if not loan.used):
+            raise ShivelightError(
+                f"Block {self.block} ran without {', '.join(unused)}, whose outputs serve rejected tokens, or are turned by "
+                "their places (fused projections, or an attention processor of your own?). Call unfuse_qkv_projections(), "
+                "set the model's own processors back, use Reuse(context=False), or route blocks instead of tokens."
+            )
+        if entry is not None:
+            entry.take_back(lent)
+        return image, text
+
+    def _own_forward(self, module: nn.Module) -> OwnForward:
+        forward = self.fn_ref.original_forward
+        if self._own is None or self._own.original is not forward:
+            self._own = OwnForward(module, forward)
+        return self._own
 
     def _train(self, module: nn.Module, call: BlockCall) -> Any:
         """The same selection and the same run, with the sessions' gradients around them."""

@@ -6,11 +6,12 @@ shape changes, or when memory runs out. Shapes: B samples, N image tokens, M tex
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from shivelight.execution.region import Loan
 from shivelight.execution.series import NEVER, Series
 from shivelight.execution.tokens import gather_tokens, write_back, write_rows
 
@@ -122,27 +123,22 @@ class BlockResiduals:
         """Whether the projections of these names are known of tokens that do not run."""
         return bool(self.projections) and all(name in self.projections for name in names)
 
-    def complete_projection(self, name: str, indices: Tensor | None, output: Tensor) -> Tensor:
-        """A key or value projection of all tokens, from that of the tokens that run and the last one of the others.
+    def lend(self, names: Iterable[str], indices: Tensor | None) -> dict[str, Loan]:
+        """What key and value projections are lent while the block runs on the tokens `indices` [B, k] (None: all): those of the
+        tokens that rest, as they last were.
 
         Without it, the tokens that run would attend to each other alone: with reuse, that is the larger error by far
         (docs/decisions/training-free.md).
-
-        Args:
-            name: of the projection.
-            indices: [B, k], the tokens that run; None for all.
-            output: [B, k, E], their projection; text tokens may come before them, [B, M + k, E].
-
-        Returns:
-            [B, N, E] (or [B, M + N, E]), or `output` as it is where the others have never run.
         """
         if indices is None:
-            self.projections[name] = output[:, -self.image.last.shape[1] :].contiguous()
-        elif name in self.projections:
-            text, own = _text_and_image(output, indices.shape[1])
-            write_rows(self.projections[name], indices, own)
-            return self.projections[name] if text is None else torch.cat([text, self.projections[name]], dim=1)
-        return output
+            return {name: Recording(self.image.last.shape[1]) for name in names}
+        return {name: Completing(self.projections[name], indices) for name in names if name in self.projections}
+
+    def take_back(self, loans: Mapping[str, Loan]) -> None:
+        """Keep what was recorded."""
+        for name, loan in loans.items():
+            if isinstance(loan, Recording) and loan.taken is not None:
+                self.projections[name] = loan.taken
 
     def update(self, x: Tensor, indices: Tensor | None, out: Tensor, step: int, max_age: int) -> Tensor:
         """Take in what a block has computed, and complete its output.
@@ -208,23 +204,53 @@ class CachedPass(BlockResiduals):
     def put(self, samples: Tensor, chosen: Sequence[int], part: BlockResiduals) -> None:
         """Nothing is brought up to date."""
 
-    def complete_projection(self, name: str, indices: Tensor | None, output: Tensor) -> Tensor:
-        """As `BlockResiduals.complete_projection`, but never in place: gradient checkpointing runs the block a second time."""
+    def lend(self, names: Iterable[str], indices: Tensor | None) -> dict[str, Loan]:
+        """As `BlockResiduals.lend`, but never changed in place: gradient checkpointing runs the block a second time."""
         if indices is None:
-            return output
-        text, own = _text_and_image(output, indices.shape[1])
-        completed = write_back(self.projections[name].to(output.dtype), indices, own)
-        return completed if text is None else torch.cat([text, completed], dim=1)
+            return {}
+        return {name: Completing(self.projections[name], indices, in_place=False) for name in names}
 
     def update(self, x: Tensor, indices: Tensor | None, out: Tensor, step: int, max_age: int) -> Tensor:
         """The block's output [B, N, D] completed by the residuals, as `BlockResiduals.update` does, with gradients."""
         return out if indices is None else write_back(x + self.residual.to(x.dtype), indices, out)
 
 
-def _text_and_image(output: Tensor, tokens: int) -> tuple[Tensor | None, Tensor]:
-    """A projection [B, M + tokens, E] of text tokens followed by image tokens, as (text or None, image)."""
-    leading = output.shape[1] - tokens
-    return (output[:, :leading], output[:, leading:]) if leading else (None, output)
+class Recording:
+    """Lent to a projection whose block runs on all tokens: notes what it gives for the N image tokens, [B, N, E]."""
+
+    def __init__(self, tokens: int) -> None:
+        self.used, self.tokens = False, tokens
+        self.taken: Tensor | None = None
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """The output [B, N, E] as it is; text tokens may come before them, [B, M + N, E]."""
+        self.used, self.taken = True, output[:, -self.tokens :].contiguous()
+        return output
+
+
+class Completing:
+    """Lent to a projection whose block runs on some tokens: the last outputs of the others.
+
+    Args:
+        held: [B, N, E], of all tokens; brought up to date.
+        indices: [B, k], the tokens that run.
+        in_place: whether `held` itself is.
+    """
+
+    def __init__(self, held: Tensor, indices: Tensor, in_place: bool = True) -> None:
+        self.used, self.held, self.indices, self.in_place = False, held, indices, in_place
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """[B, N, E] (or [B, M + N, E]) of the output [B, k, E] (or [B, M + k, E])."""
+        self.used = True
+        leading = output.shape[1] - self.indices.shape[1]
+        own = output[:, leading:]
+        if self.in_place:
+            write_rows(self.held, self.indices, own)
+            completed = self.held
+        else:
+            completed = write_back(self.held.to(output.dtype), self.indices, own)
+        return torch.cat([output[:, :leading], completed], dim=1) if leading else completed
 
 
 def centred_log_drift(drift: Tensor, known: Tensor | None = None) -> Tensor:

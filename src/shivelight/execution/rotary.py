@@ -7,15 +7,15 @@ table; instead, what its query and key norms put out is turned by rows gathered 
 backend stay as they are. Shapes: B samples, N image tokens, M text tokens, k kept tokens, S = M + k or any of them, 2 C head size.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from __future__ import annotations
+
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shivelight.backbones.spec import Angles
-from shivelight.errors import ShivelightError, UnsupportedBackboneError
+from shivelight.errors import UnsupportedBackboneError
 from shivelight.execution.call import BlockCall
 
 
@@ -36,45 +36,28 @@ def turn(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return moved.reshape(x.shape).to(x.dtype)
 
 
-@contextmanager
-def turned(block: nn.Module, call: BlockCall, indices: Tensor | None) -> Iterator[dict[str, Any]]:
-    """While a block runs on the tokens `indices` [B, k], its queries and keys are turned by their places.
+def turning(
+    block: nn.Module, call: BlockCall, indices: Tensor | None
+) -> tuple[dict[str, nn.Module], dict[str, Turning], dict[str, Any]]:
+    """What it takes for a block that runs on the tokens `indices` [B, k] to turn its queries and keys by their places.
 
-    Yields:
-        Arguments to replace: the table taken away. Empty where all tokens run, or where nothing is turned.
+    Returns:
+        (its query and key norms, what they are lent, arguments to replace: the table taken away). Empty where all tokens run, or
+        where nothing is turned.
     """
     rotary = call.kind.rotary
     table = None if rotary is None else call.arguments.get(rotary.argument)
     if rotary is None or table is None or indices is None:
-        yield {}
-        return
+        return {}, {}, {}
     if reason := rotary.obstacle(block):
         raise UnsupportedBackboneError(f"The tokens of this {type(block).__name__} cannot be routed. {reason}")
-    image, text = rotary.angles(table, call.text_tokens)
-    places = _Places(image, text, indices)
-    handles, seen = [], set()
-
-    def turning(name: str, stream: str) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            seen.add(name)
-            return turn(output, *places.rows(stream, output.shape[1]))
-
-        return hook
-
-    for stream, names in (("image", rotary.image), ("text", rotary.text), ("both", rotary.both)):
-        for name in names:
-            handles.append(block.get_submodule(name).register_forward_hook(turning(name, stream)))
-    try:
-        yield {rotary.argument: None}
-        if len(seen) < len(handles):
-            raise ShivelightError(
-                f"The attention of this {type(block).__name__} ran without {', '.join(sorted(set(rotary.names) - seen))}, whose "
-                "outputs are turned by the tokens' places. Set its own attention processor back, or route blocks instead of "
-                "tokens."
-            )
-    finally:
-        for handle in handles:
-            handle.remove()
+    places = _Places(*rotary.angles(table, call.text_tokens), indices)
+    loans = {
+        name: Turning(places, stream)
+        for stream, names in (("image", rotary.image), ("text", rotary.text), ("both", rotary.both))
+        for name in names
+    }
+    return {name: block.get_submodule(name) for name in loans}, loans, {rotary.argument: None}
 
 
 class _Places:
@@ -105,3 +88,15 @@ class _Places:
             cosines, sines = (t.to(self._indices.device)[self._indices] for t in self._image)
             self._kept = cosines, sines
         return self._kept
+
+
+class Turning:
+    """Lent to a query or key norm: turns what it puts out by the angles of a stream's tokens."""
+
+    def __init__(self, places: _Places, stream: str) -> None:
+        self.used, self._places, self._stream = False, places, stream
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """Like the output [B, S, ...]."""
+        self.used = True
+        return turn(output, *self._places.rows(self._stream, output.shape[1]))

@@ -13,6 +13,7 @@ from shivelight.config import Reuse, RoutingConfig
 from shivelight.cost import backbone_costs
 from shivelight.errors import BudgetError, ShivelightError, UnsupportedBackboneError
 from shivelight.execution.block_gates import BlockGates
+from shivelight.execution.compiled import Regions
 from shivelight.execution.context import GRID, Clock, StepContext
 from shivelight.execution.folding import Delta, FoldedWeights
 from shivelight.execution.gate_plan import GatePlan
@@ -87,6 +88,7 @@ class Routed(nn.Module):
         self.handles: list[Any] = []
         self.reset_function: Callable[[], None] | None = None
         self.never_cast: tuple[str, ...] = ()
+        self.regions = Regions()
         self._scorer = TokenScorer()
 
     def __deepcopy__(self, memo: dict) -> NoReturn:
@@ -144,32 +146,6 @@ class Routed(nn.Module):
     def selects(self) -> bool:
         """Whether tokens are left out under the budget in force."""
         return self.config.tokens is not None and not self._token_budget(self.budget).everything
-
-    @contextmanager
-    def remembering(
-        self, block: int, layers: dict[str, nn.Module], entry: BlockResiduals, indices: Tensor | None
-    ) -> Iterator[None]:
-        """While a block runs on the tokens `indices` [B, k] (None: all) of what `entry` is about: the others keep what these of
-        its projections last gave them."""
-        handles, completed = [], []
-
-        def complete(name: str, output: Tensor) -> Tensor:
-            completed.append(name)
-            return entry.complete_projection(name, indices, output)
-
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_hook(lambda _, __, output, name=name: complete(name, output)))
-        try:
-            yield
-            if len(completed) != len(handles):
-                raise ShivelightError(
-                    f"Block {block} ran without its key and value projections {', '.join(layers)}, so those of rejected "
-                    "tokens cannot be reused (fused projections?). Call unfuse_qkv_projections(), or use "
-                    "Reuse(context=False)."
-                )
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def switched(self, enabled: bool) -> Iterator[None]:
@@ -332,6 +308,27 @@ class Routed(nn.Module):
             plan = None if gates is None else gates.plan(request, self.budget, schedule.keep)
             found = self.context.memo[key] = request, schedule, plan
         return found
+
+    @property
+    def samples_decide(self) -> bool:
+        """Whether what blocks do depends on the samples, and not on the plan alone."""
+        return self.gates is not None and self.gates.config.decide != "static" and not self.budget.everything
+
+    @property
+    def pairs_decide(self) -> bool:
+        """Whether both halves of a guided batch do the same."""
+        return self.config.blocks is not None and self.config.blocks.cfg_gates == "cond"
+
+    def possible(self, block: int, tokens: int, text_tokens: int) -> list[Decision]:
+        """All that samples may decide to run in this block, in this generation."""
+        place = block - self.routed[0]
+        counts = {row[place] for row in self._asked(tokens, text_tokens)[1].keep}
+        widths = (1.0,) if self.config.blocks is None else self.config.blocks.widths
+        return [Decision("run", count, width) for count in sorted(counts) for width in widths]
+
+    def distinct_counts(self) -> int:
+        """How many numbers of tokens blocks run on in this generation."""
+        return len({count for row in self._asked(*self.shape)[1].keep for count in row})
 
     def remember(self, block: int, x: Tensor, text: Tensor | None) -> BlockResiduals | None:
         """The residuals of a block that is about to do what was decided in this pass, new ones where there are none; None where

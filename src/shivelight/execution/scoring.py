@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from shivelight.execution.routed import Routed
 
 _FIRST = 1e4  # far above any router's score
+
+
+def run_router(pair: Any, member: int, x: Tensor, context: Tensor, drift: Tensor | None) -> Tensor:
+    """Scores [B, N] of a block's tokens x [B, N, D] by a `PairRouter`."""
+    return pair(member, x, context, drift)
 
 
 class TokenScorer:
@@ -46,18 +51,25 @@ class TokenScorer:
         time, condition = routed.embeddings(x.shape[0], samples)
         # Gradients need the whole graph in every block.
         shared = {} if torch.is_grad_enabled() else context.memo.setdefault(("contexts", len(x), samples.start), {})
+        pair, member, embedded = routed.router.pair_of(block, time, condition, shared)
+
+        def scored(drift: Tensor | None = None) -> Tensor:
+            return routed.regions.run(
+                ("scores", member, drift is not None), run_router, pair, member, x, embedded, drift
+            )
+
         if not tokens.sees_drift:
-            return routed.router(block, x, time, condition, contexts=shared)
+            return scored()
         if routed.session is not None:
-            return routed.router(block, x, time, condition, routed.session.drift(block), shared)
+            return scored(routed.session.drift(block))
         known = None
         if routed.config.reuse is not None and routed.reuses:
             place, reuse = (context.call, block), routed.config.reuse
             known = routed.residuals.log_drift(place, x, samples, context.step, reuse.max_age)
         if known is None:
-            return routed.router(block, x, time, condition, contexts=shared)
+            return scored()
         drift, expired = known
-        scores = routed.router(block, x, time, condition, drift, shared)
+        scores = scored(drift)
         # What may not be reused any more is computed anew first, in the router's own order.
         return torch.where(expired, scores + _FIRST, scores)
 

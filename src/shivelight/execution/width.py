@@ -247,35 +247,29 @@ class NarrowMlps:
             return sliced | self._gather(block, count, {name: s for name, s in sources.items() if name not in whole})
 
 
-class _OwnForward(nn.Module):
-    """Lets `functional_call` swap a block's parameters around a given callable, instead of around the block's call."""
+class OwnForward(nn.Module):
+    """Lets `functional_call` swap a block's parameters around a given callable, instead of around the block's call.
+
+    Args:
+        block: whose parameters they are.
+        forward: the block's original forward as a hook knows it (`fn_ref.original_forward`): a call of the block itself would
+            go through its __call__ and so enter that hook, and every one around it, a second time.
+    """
 
     def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
-        self.block = block
-        self._forward = forward
+        self.block, self.original = block, forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(*args, **kwargs)
+        """That of the block."""
+        return self.original(*args, **kwargs)
 
 
-def call_narrow(
-    block: nn.Module,
-    replacements: Mapping[str, Tensor],
-    forward: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """`forward(*args, **kwargs)` with some of the block's parameters replaced for the time of the call.
-
-    `forward` is the block's original forward as a hook knows it (`fn_ref.original_forward`): functional_call on the
-    block itself would go through its __call__ and so enter that hook, and every one around it, a second time.
-    """
-    if not replacements:
-        return forward(*args, **kwargs)
+def call_narrow(own: OwnForward, replacements: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """The block's forward of these arguments, with some of its parameters replaced for the time of the call."""
     named = {f"block.{name}": tensor for name, tensor in replacements.items()}
     # Nothing is tied inside an MLP, and looking for ties would walk all parameters at each call.
-    return functional_call(_OwnForward(block, forward), named, args, kwargs, tie_weights=False)
+    return functional_call(own, named, args, kwargs, tie_weights=False)
 
 
 @contextmanager

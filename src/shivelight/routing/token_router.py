@@ -146,11 +146,17 @@ class TokenRouter(nn.Module):
         Returns:
             [B, N] fp32, higher is kept first. The projections run in the parameters' dtype (or autocast's).
         """
+        pair, member, context = self.pair_of(block, time_embedding, condition, {} if contexts is None else contexts)
+        return pair(member, x, context, drift)
+
+    def pair_of(
+        self, block: int, time_embedding: Tensor, condition: Tensor | None, contexts: dict[str, Tensor]
+    ) -> tuple[Any, int, Tensor]:
+        """(the block's `PairRouter`, its number in it, what that made of the embeddings); arguments as for `forward`."""
         if block not in self._place:
             raise AdapterError(f"Block {block} has no router; the routed blocks are {list(self.blocks)}.")
         name, member = self._place[block]
         pair: Any = self.pairs[name]
-        contexts = {} if contexts is None else contexts
         if name not in contexts:
             contexts[name] = pair.context(time_embedding, condition)
-        return pair(member, x, contexts[name], drift)
+        return pair, member, contexts[name]
