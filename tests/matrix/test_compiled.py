@@ -1,4 +1,4 @@
-"""Routed backbones that are compiled, block by block or as a whole, by us, by diffusers or by torch: the same pictures as without."""
+"""Routed backbones, compiled by us, by diffusers or by torch as a whole: the same pictures as without."""
 
 from typing import Any
 
