@@ -1,0 +1,52 @@
+"""What the tests of peers share: tiny pipelines compared, tiny backbones in a loop, and what their blocks cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from captioned import SIDES, captioned
+from families import build
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import shivelight as sl
+from shivelight.evaluation.bare import BareLoop
+from shivelight.evaluation.comparison import Comparison, Setting
+
+STEPS = 8
+
+
+def compared(name: str) -> Comparison:
+    pipe = captioned(name)
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=0.5, axis="blocks"))
+    return Comparison(pipe, Setting(STEPS, 3.0, 0, 2, options(name)))
+
+
+def captions(name: str) -> list[str]:
+    return ["1", "2"] if name == "dit" else ["a b", "c"]
+
+
+def options(name: str) -> dict[str, Any]:
+    return {"height": SIDES[name], "width": SIDES[name], "max_sequence_length": 16}
+
+
+def bare(name: str, samples: int = 2, tokens: int = 16) -> BareLoop:
+    return BareLoop(build(name).transformer, samples, tokens, 8, STEPS)
+
+
+def attributes(model: torch.nn.Module) -> dict[str, set[str]]:
+    return {name: set(module.__dict__) for name, module in model.named_modules()}
+
+
+def block_flops(loop: BareLoop) -> int:
+    """Of a loop's blocks in one generation, counted by torch."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loop()
+    counts, name = counter.get_flop_counts(), type(loop.transformer).__name__
+    return sum(
+        sum(counts[key].values())
+        for kind in loop.spec.blocks
+        for key in counts
+        if key.startswith(f"{name}.{kind.path}.") and key.count(".") == 2 + kind.path.count(".")
+    )
