@@ -19,6 +19,7 @@ from shivelight.evaluation.peers import (
     PEERS,
     cache_points,
     first_block_cache,
+    interval_cache,
     mag_cache,
     peer_points,
     taylor_seer,
@@ -85,7 +86,9 @@ def last_block_gives(loop: BareLoop, resting: list[int], start: str) -> Iterator
 
 
 @pytest.mark.parametrize("name", ["sd3", "pixart", "dit", "sana"])
-@pytest.mark.parametrize(("make", "start"), [(first_block_cache, "output"), (mag_cache, "input")])
+@pytest.mark.parametrize(
+    ("make", "start"), [(first_block_cache, "output"), (mag_cache, "input"), (interval_cache, "input")]
+)
 def test_a_resting_stack_adds_what_it_last_did_where_diffusers_has_no_caches(name: str, make: Any, start: str) -> None:
     loop = bare(name)
     before, dense = attributes(loop.transformer), loop()

@@ -5,18 +5,35 @@ from contextlib import suppress
 
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.comparison import OperatingPoint
+from shivelight.evaluation.peers.fewer_steps import fewer_steps, fewer_steps_points
 from shivelight.evaluation.peers.first_block_cache import first_block_cache, first_block_cache_points
 from shivelight.evaluation.peers.ground import Ground, Where
+from shivelight.evaluation.peers.interval_cache import interval_cache, interval_cache_points
 from shivelight.evaluation.peers.mag_cache import mag_cache, mag_cache_points
+from shivelight.evaluation.peers.static_drop import static_drop, static_drop_points
 from shivelight.evaluation.peers.taylor_seer import taylor_seer, taylor_seer_points
 
-__all__ = ["PEERS", "cache_points", "check_names", "first_block_cache", "mag_cache", "peer_points", "taylor_seer"]
+__all__ = [
+    "PEERS",
+    "cache_points",
+    "check_names",
+    "fewer_steps",
+    "first_block_cache",
+    "interval_cache",
+    "mag_cache",
+    "peer_points",
+    "static_drop",
+    "taylor_seer",
+]
 
 # By their names on the command line: a ground -> the points at which a peer is usually run.
 PEERS: dict[str, Callable[[Ground], list[OperatingPoint]]] = {
     "first-block-cache": first_block_cache_points,
     "taylorseer": taylor_seer_points,
     "magcache": mag_cache_points,
+    "interval-cache": interval_cache_points,
+    "static-drop": static_drop_points,
+    "fewer-steps": fewer_steps_points,
 }
 
 

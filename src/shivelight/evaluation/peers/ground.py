@@ -172,14 +172,13 @@ class _BlockHook(ModelHook):
 
 
 @contextmanager
-def blocks_run(ground: Ground, run: Mapping[int, BlockForward]) -> Iterator[Passes]:
-    """Some blocks run by functions of ours: (block, call, its own forward) -> (image, text)."""
-    passes = Passes(ground)
+def blocks_run(ground: Ground, run: Mapping[int, BlockForward], passes: Passes) -> Iterator[None]:
+    """Some blocks, by their indices, run by functions of ours: (block, call, its own forward) -> (image, text)."""
     with unchanged(ground.backbone), passes.followed():
         for index, function in run.items():
             kind, block = ground.blocks[index]
             HookRegistry.check_if_exists_or_initialize(block).register_hook(_BlockHook(kind, passes, function), _HOOK)
-        yield passes
+        yield
 
 
 @contextmanager
