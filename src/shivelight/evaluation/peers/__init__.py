@@ -12,6 +12,7 @@ from shivelight.evaluation.peers.interval_cache import interval_cache, interval_
 from shivelight.evaluation.peers.mag_cache import mag_cache, mag_cache_points
 from shivelight.evaluation.peers.static_drop import static_drop, static_drop_points
 from shivelight.evaluation.peers.taylor_seer import taylor_seer, taylor_seer_points
+from shivelight.evaluation.peers.token_merging import token_merging, token_merging_points
 
 __all__ = [
     "PEERS",
@@ -24,6 +25,7 @@ __all__ = [
     "peer_points",
     "static_drop",
     "taylor_seer",
+    "token_merging",
 ]
 
 # By their names on the command line: a ground -> the points at which a peer is usually run.
@@ -31,6 +33,7 @@ PEERS: dict[str, Callable[[Ground], list[OperatingPoint]]] = {
     "first-block-cache": first_block_cache_points,
     "taylorseer": taylor_seer_points,
     "magcache": mag_cache_points,
+    "token-merging": token_merging_points,
     "interval-cache": interval_cache_points,
     "static-drop": static_drop_points,
     "fewer-steps": fewer_steps_points,
