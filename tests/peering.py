@@ -41,12 +41,18 @@ def attributes(model: torch.nn.Module) -> dict[str, set[str]]:
 
 def block_flops(loop: BareLoop) -> int:
     """Of a loop's blocks in one generation, counted by torch."""
+    total, handles = [0], []
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+
+        def begin(*_: Any) -> None:
+            total[0] -= counter.get_total_flops()
+
+        def end(*_: Any) -> None:
+            total[0] += counter.get_total_flops()
+
+        for _, block in loop.spec.block_list(loop.transformer):
+            handles += [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
         loop()
-    counts, name = counter.get_flop_counts(), type(loop.transformer).__name__
-    return sum(
-        sum(counts[key].values())
-        for kind in loop.spec.blocks
-        for key in counts
-        if key.startswith(f"{name}.{kind.path}.") and key.count(".") == 2 + kind.path.count(".")
-    )
+    for handle in handles:
+        handle.remove()
+    return total[0]

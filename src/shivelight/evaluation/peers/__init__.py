@@ -5,6 +5,7 @@ from contextlib import suppress
 
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.comparison import OperatingPoint
+from shivelight.evaluation.peers.dydit import dydit, dydit_points
 from shivelight.evaluation.peers.fewer_steps import fewer_steps, fewer_steps_points
 from shivelight.evaluation.peers.first_block_cache import first_block_cache, first_block_cache_points
 from shivelight.evaluation.peers.ground import Ground, Where
@@ -18,6 +19,7 @@ __all__ = [
     "PEERS",
     "cache_points",
     "check_names",
+    "dydit",
     "fewer_steps",
     "first_block_cache",
     "interval_cache",
@@ -34,6 +36,7 @@ PEERS: dict[str, Callable[[Ground], list[OperatingPoint]]] = {
     "taylorseer": taylor_seer_points,
     "magcache": mag_cache_points,
     "token-merging": token_merging_points,
+    "dydit": dydit_points,
     "interval-cache": interval_cache_points,
     "static-drop": static_drop_points,
     "fewer-steps": fewer_steps_points,
