@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from captioned import SIDES, captioned
 from families import build
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,3 +59,32 @@ def block_flops(loop: BareLoop) -> int:
     for handle in handles:
         handle.remove()
     return total[0]
+
+
+def image_of(output: Any) -> Tensor:
+    return output[1] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def last_block_gives(loop: BareLoop, resting: list[int], start: str) -> Iterator[None]:
+    """Everything runs, and at resting steps the last block's image is thrown away for `start` + what was last added to it."""
+    blocks = list(loop.transformer.transformer_blocks)
+    now: dict[str, Any] = {"step": -1}
+
+    def first(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        now["step"] += 1
+        now["start"] = x if start == "input" else image_of(output)
+
+    def last(module: Any, args: Any, output: Any) -> Any:
+        image = image_of(output)
+        if now["step"] not in resting:
+            now["added"] = image - now["start"]
+            return output
+        image = now["start"] + now["added"]
+        return (output[0], image) if isinstance(output, tuple) else image
+
+    handles = [blocks[0].register_forward_hook(first, with_kwargs=True), blocks[-1].register_forward_hook(last)]
+    yield
+    for handle in handles:
+        handle.remove()

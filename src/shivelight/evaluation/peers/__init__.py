@@ -5,6 +5,7 @@ from contextlib import suppress
 
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.comparison import OperatingPoint
+from shivelight.evaluation.peers.cache_dit import cache_dit, cache_dit_points
 from shivelight.evaluation.peers.dydit import dydit, dydit_points
 from shivelight.evaluation.peers.fewer_steps import fewer_steps, fewer_steps_points
 from shivelight.evaluation.peers.first_block_cache import first_block_cache, first_block_cache_points
@@ -17,6 +18,7 @@ from shivelight.evaluation.peers.token_merging import token_merging, token_mergi
 
 __all__ = [
     "PEERS",
+    "cache_dit",
     "cache_points",
     "check_names",
     "dydit",
@@ -35,6 +37,7 @@ PEERS: dict[str, Callable[[Ground], list[OperatingPoint]]] = {
     "first-block-cache": first_block_cache_points,
     "taylorseer": taylor_seer_points,
     "magcache": mag_cache_points,
+    "cache-dit": cache_dit_points,
     "token-merging": token_merging_points,
     "dydit": dydit_points,
     "interval-cache": interval_cache_points,
