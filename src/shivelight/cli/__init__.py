@@ -29,7 +29,7 @@ for _command in COMMANDS:
 
 
 def spread(arguments: Sequence[str]) -> list[str]:
-    """Several numbers after an option that may be repeated, as that option repeated.
+    """Several numbers after an option that may be repeated, as that option repeated; and several names after --peers.
 
     >>> spread(["evaluate", "--keep", "0.8", "0.6", "--json", "out.json"])
     ['evaluate', '--keep', '0.8', '--keep', '0.6', '--json', 'out.json']
@@ -37,12 +37,14 @@ def spread(arguments: Sequence[str]) -> list[str]:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     known = commands.get(arguments[0]) if arguments else None
     repeated = {name for option in known.params if option.multiple for name in option.opts} if known else set()
+    # Elsewhere a word may be an argument of the command's own.
+    words = repeated & {"--peers"}
     spread_out: list[str] = []
     current = None
     for argument in arguments:
         if argument.startswith("--"):
             current = argument if argument in repeated else None
-        elif current is not None and spread_out[-1] != current and _is_number(argument):
+        elif current is not None and spread_out[-1] != current and (current in words or _is_number(argument)):
             spread_out.append(current)
         spread_out.append(argument)
     return spread_out

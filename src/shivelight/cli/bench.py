@@ -13,6 +13,7 @@ from shivelight.cli import common
 from shivelight.config import BlockRouting, Reuse, RoutingConfig, TokenRouting
 from shivelight.cost import backbone_costs, planned_ratio, step_flops
 from shivelight.evaluation.bare import BareLoop, bare_points, check_memory, timed_rows
+from shivelight.evaluation.peers import PEERS, check_names, peer_points
 from shivelight.evaluation.results import new_results, new_row
 from shivelight.execution.routed import Routed
 from shivelight.report.style import budget_label
@@ -30,6 +31,12 @@ def bench(
     compute: Annotated[
         list[float] | None,
         typer.Option(help="Shares of the dense FLOPs, for what needs no training; repeat it. Timed runs only."),
+    ] = None,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Other people's methods, set to shares of what they leave out ({', '.join(PEERS)}); repeat it. Timed runs only."
+        ),
     ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Build the backbones with random weights and time them.")
@@ -56,10 +63,12 @@ def bench(
     names = backbone or [name for name in PRESETS if not read_preset(name).missing]
     if not backbone and (left := [name for name in PRESETS if name not in names]):
         common.say("; ".join(f"{name} is left out: {read_preset(name).missing}" for name in left))
+    check_names(peers or [])
     if not random_weights:
-        if compute:
+        if compute or peers:
+            option = "--compute" if compute else "--peers"
             raise typer.BadParameter(
-                "Counting needs --keep alone; --compute is for --random-weights.", param_hint="--compute"
+                f"Counting needs --keep alone; {option} is for --random-weights.", param_hint=option
             )
         common.save_json(json, count_shapes(names, keep or [0.8, 0.6], seed))
         return
@@ -76,6 +85,11 @@ def bench(
             preset.build(device, kind, blocks), batch, tokens or preset.image_tokens, preset.text_tokens, steps, seed
         )
         points = bare_points(loop, keep or ([] if compute else [0.8, 0.6]), compute or [])
+        if peers:
+            found, reasons = peer_points(loop, peers)
+            points += found
+            for reason in reasons:
+                common.say(f"left out: {reason}")
         described = {
             "variant": name, "title": preset.title, "image_tokens": loop.shape[0], "text_tokens": loop.shape[1],
             "parameters": parameters,
@@ -110,7 +124,7 @@ def print_timed(title: str, rows: list[dict[str, Any]]) -> None:
         told = "speedup" in row and not low <= 1.0 <= high
         table.add_row(
             " ".join([row["method"], budget_label(row)]).strip(),
-            f"{row['planned_ratio']:.3f}",
+            f"{row['planned_ratio']:.3f}" if "planned_ratio" in row else "",
             f"{row['latency_ms']['median']:.1f} ({row['latency_ms']['p10']:.1f} to {row['latency_ms']['p90']:.1f})",
             f"{row['speedup']:.2f}x" if told else "" if "speedup" not in row else "within the spread",
             f"{low:.2f} to {high:.2f}" if "speedup" in row else "",

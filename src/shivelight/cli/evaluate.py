@@ -16,6 +16,7 @@ from shivelight.errors import DataError
 from shivelight.evaluation.comparison import Adapter, Comparison, OperatingPoint, Setting
 from shivelight.evaluation.features import feature_network
 from shivelight.evaluation.images import to_tensor
+from shivelight.evaluation.peers import PEERS, check_names, peer_points
 from shivelight.evaluation.results import new_results
 from shivelight.evaluation.standard import (
     BASELINE_KEEPS,
@@ -68,6 +69,9 @@ def evaluate(
             "adapt to the sample, gates a step late, and the hard cap."
         ),
     ] = True,
+    peers: Annotated[
+        list[str] | None, typer.Option(help=f"Other people's methods ({', '.join(PEERS)}); repeat the option.")
+    ] = None,
     features: Annotated[
         str, typer.Option(help="Feature network of KID and FD: efflite0, inception, or none.")
     ] = "efflite0",
@@ -84,6 +88,7 @@ def evaluate(
 
     Example: shivelight evaluate --keep 0.8 --keep 0.6 --keep 0.5 --json evaluate.json
     """
+    check_names(peers or [])
     pipe = common.open_pipeline(pipeline, device, getattr(torch, dtype))
     sl.load_adapter(pipe, adapter or embedded.ADAPTER)
     setting = Setting(steps, guidance, seed, batch, common.call_options(pipe, pipeline, size, max_sequence_length))
@@ -97,6 +102,7 @@ def evaluate(
     with common.progress_bar("calibrating fewer steps", 1) as advance:
         points = with_fewer_steps(comparison, points, apart=2)
         advance()
+    points = with_peers(comparison, points, peers or [])
     with common.progress_bar("timing", len(points) * (rounds + 1)) as advance:
         timings = comparison.time(points, rounds, progress=advance, captions=captions)
     pictures = {}
@@ -145,6 +151,17 @@ def budgeted_points(
         for reason in reasons:
             common.say(f"left out: {reason}")
     return points
+
+
+def with_peers(comparison: Comparison, points: list[OperatingPoint], names: list[str]) -> list[OperatingPoint]:
+    """`points`, and the usual ones of some peers that are not among them; says why, where one cannot run."""
+    if not names:
+        return points
+    found, reasons = peer_points(comparison, names)
+    for reason in reasons:
+        common.say(f"left out: {reason}")
+    known = {point.name for point in points}
+    return [*points, *(point for point in found if point.name not in known)]
 
 
 def judged_on(images: Path | None, count: int, pipe: Any, size: int | None = None) -> tuple[list[str], torch.Tensor]:

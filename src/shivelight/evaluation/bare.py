@@ -155,17 +155,26 @@ def timed_rows(
     for point in points:
         speedup = None if point is dense else timings.speedup(point.name, dense.name, seed=seed)
         with point.state():
-            planned = 1.0 if point is dense else planned_ratio(loop, loop.steps)
+            planned = _planned(loop, point, dense.steps)
             peak = peak_memory_mb(loop, device)
         rows.append(
             new_row(
                 point.method, point.budget, planned_ratio=planned, latency_ms=timings.latency_ms(point.name), speedup=speedup,
                 efficiency=None if speedup is None or planned is None else speedup.value * planned, peak_memory_mb=peak,
-                steps=loop.steps, batch=loop.samples, dtype=str(loop.transformer.dtype).removeprefix("torch."), compiled=False,
+                steps=point.steps, batch=loop.samples, dtype=str(loop.transformer.dtype).removeprefix("torch."), compiled=False,
                 **described or {},
             )
         )  # fmt: skip
     return rows
+
+
+def _planned(loop: BareLoop, point: OperatingPoint, steps: int) -> float | None:
+    """Planned FLOPs of the blocks over those of so many dense steps, in the point's own state; None where nothing is known."""
+    if point.plan is not None:
+        return point.plan(loop.shape) * point.steps / steps
+    if not point.budget:
+        return point.steps / steps
+    return None if point.peer else planned_ratio(loop, steps)
 
 
 def check_memory(parameters: int, dtype: torch.dtype, device: torch.device | str, name: str) -> None:

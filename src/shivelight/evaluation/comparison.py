@@ -65,7 +65,9 @@ class OperatingPoint:
         budget: {"keep": 0.6} or {"compute": 0.7}, or {} where there is none.
         steps: sampling steps.
         state: context manager that puts the pipeline into the state of the method.
-        peer: whether it is somebody else's, of which nothing is planned.
+        peer: whether it is somebody else's.
+        plan: of a peer whose cost is known in advance: (image tokens, text tokens) -> planned FLOPs of the blocks over those of
+            as many dense steps.
     """
 
     method: str
@@ -73,6 +75,7 @@ class OperatingPoint:
     steps: int
     state: Callable[[], AbstractContextManager[Any]]
     peer: bool = False
+    plan: Callable[[tuple[int, int]], float] | None = None
 
     @property
     def name(self) -> str:
@@ -259,7 +262,7 @@ class Comparison:
 
     def planned(self, point: OperatingPoint) -> float | None:
         """Planned FLOPs of the blocks in one generation over those of the dense reference; None where nothing is known."""
-        if point.peer:
+        if point.peer and point.plan is None:
             return None
         if not point.budget:
             return point.steps / self.setting.steps
@@ -271,6 +274,8 @@ class Comparison:
                     self.call([self.any], 1)
             finally:
                 self.routed.budget = budget
+        if point.plan is not None:
+            return point.plan(self.routed.shape) * point.steps / self.setting.steps
         with point.state():
             plan = planned_ratio(self.pipe, point.steps)
             return None if plan is None else plan * point.steps / self.setting.steps
