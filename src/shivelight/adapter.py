@@ -195,7 +195,7 @@ def compile(model: Any, *, lengths: Lengths = "auto", **options: Any) -> Any:
             "This model was compiled as a whole by torch.compile, which would trace the routing too. Give the model itself "
             "(`model._orig_mod`) to the pipeline, and to shivelight.compile."
         )
-    compile_blocks(backbone_of(model), routed_of(model), lengths, options)
+    compile_blocks(backbone_of(model), routed_of(model), CompiledRegions(lengths, options))
     return model
 
 

@@ -50,9 +50,10 @@ def test_rows_are_timed_in_turns_and_hold_the_plan() -> None:
     model = build("flux").transformer
     loop = BareLoop(model, 1, 64, 6, 4)
     points = bare_points(loop, [0.6], [0.5])
-    assert [point.method for point in points] == ["tokens", "tokens+reuse", "blocks+reuse"]
+    methods = ["tokens", "tokens+reuse", "blocks+reuse", "tokens+blocks+reuse", "blocks"]
+    assert [point.method for point in points] == methods
     rows = timed_rows(loop, points, rounds=2, described={"variant": "tiny"})
-    assert [row["method"] for row in rows] == ["dense", "tokens", "tokens+reuse", "blocks+reuse"]
+    assert [row["method"] for row in rows] == ["dense", *methods]
     assert rows[0]["planned_ratio"] == 1.0 and "speedup" not in rows[0]
     for row in rows[1:]:
         assert row["efficiency"] == pytest.approx(row["speedup"] * row["planned_ratio"])
@@ -80,4 +81,25 @@ def test_what_cannot_be_timed_says_why() -> None:
         check_memory(10**15, torch.bfloat16, "cpu", "Big")
     check_memory(10, torch.bfloat16, "cpu", "small")
     sana = BareLoop(build("sana").transformer, 1, 16, 5, 4)
-    assert [point.method for point in bare_points(sana, [0.5], [0.5])] == ["blocks+reuse"]
+    assert [point.method for point in bare_points(sana, [0.5], [0.5])] == ["blocks+reuse", "blocks"]
+
+
+def test_a_compiled_loop_times_graphs_of_one_set_and_torchs_own_way_beside_them() -> None:
+    torch._dynamo.reset()
+    loop = BareLoop(build("pixart").transformer, 1, 16, 6, 4)
+    points = bare_points(loop, [], [0.6])
+    eager = {}
+    for point in points:
+        with point.state():
+            eager[point.name] = loop()
+    loop.compile(backend="eager")
+    rows = timed_rows(loop, points, rounds=2)
+    assert [row["budget"] for row in rows if row["method"] == "dense"] == [{}, {"whole": 1}]
+    assert all(row["compiled"] for row in rows)
+    assert loop.regions is not None
+    graphs = loop.regions.graphs
+    for point in points:  # states come and go: the graphs stay
+        with point.state():
+            torch.testing.assert_close(loop(), eager[point.name], atol=1e-4, rtol=1e-3)
+    assert loop.regions.graphs == graphs > 0
+    assert not any(module._forward_hooks for module in loop.transformer.modules())

@@ -51,6 +51,12 @@ def bench(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of timed runs.")
     ] = "bfloat16",
+    compile_blocks: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile the blocks, dense and routed alike, and time torch.compile's own way too."
+        ),
+    ] = False,
     seed: common.SeedOption = 0,
     device: common.DeviceOption = common.DEFAULT_DEVICE,
     json: common.JsonOption = None,
@@ -84,6 +90,8 @@ def bench(
         loop = BareLoop(
             preset.build(device, kind, blocks), batch, tokens or preset.image_tokens, preset.text_tokens, steps, seed
         )
+        if compile_blocks:
+            loop.compile()
         points = bare_points(loop, keep or ([] if compute else [0.8, 0.6]), compute or [])
         if peers:
             found, reasons = peer_points(loop, peers)
@@ -96,8 +104,10 @@ def bench(
         }  # fmt: skip
         if blocks is not None:
             described["blocks_of_a_kind"] = blocks
-        with common.progress_bar(name, (rounds + 1) * (1 + len(points))) as advance:
+        with common.progress_bar(name, (rounds + 1) * (1 + compile_blocks + len(points))) as advance:
             timed = timed_rows(loop, points, rounds, seed, advance, described)
+        if loop.regions is not None:
+            common.say(f"{preset.title}: {loop.regions}")
         results["rows"] += timed
         print_timed(preset.title, timed)
         del loop, points  # before the next one's weights are made

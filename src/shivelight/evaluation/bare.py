@@ -5,8 +5,7 @@ What is timed does not depend on the weights: which tokens and blocks run may, h
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -14,13 +13,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 import shivelight as sl
-from shivelight.adapter import planned_ratio, routed_of
+from shivelight.adapter import install, planned_ratio, prepare
 from shivelight.backbones import BackboneSpec, find_spec
-from shivelight.config import RoutingConfig, TokenRouting
+from shivelight.config import BlockRouting, RoutingConfig, TokenRouting
 from shivelight.errors import ShivelightError, UnsupportedBackboneError
 from shivelight.evaluation.comparison import OperatingPoint
 from shivelight.evaluation.latency import interleave, peak_memory_mb, synchronize
 from shivelight.evaluation.results import new_row
+from shivelight.execution.attachment import compile_blocks
+from shivelight.execution.compiled import CompiledRegions, Lengths
 
 
 class BareLoop:
@@ -44,8 +45,59 @@ class BareLoop:
         self.scheduler = FlowMatchEulerDiscreteScheduler()
         reference = next(model.parameters())
         self.call = example_call(model, self.spec, samples, tokens, text_tokens, seed)
+        self.regions: CompiledRegions | None = None
         self._first = self.spec.model_arguments[0]
         self._times = torch.zeros(samples, device=reference.device)
+        self._dense: Callable[[], AbstractContextManager[None]] | None = None
+        self._whole: Any = None
+
+    def compile(self, lengths: Lengths = "auto", **options: Any) -> None:
+        """Compile the backbone's blocks in every state; arguments as for `shivelight.compile`."""
+        self.regions = CompiledRegions(lengths, options)
+
+    def attached(self, config: RoutingConfig, enabled: bool = True) -> Callable[[], AbstractContextManager[None]]:
+        """A state in which the backbone is routed so, by fresh routers, or only hooked; compiled where the loop is."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            routed = prepare(self, config)
+            if routed.gates is not None:
+                logits = torch.randn(64, len(routed.routed), 1 + len(routed.gates.config.widths))
+                routed.gates.records.add(1000 * torch.rand(64), logits[..., 0], logits[..., 1:])
+        routed.shape = self.shape
+
+        @contextmanager
+        def state() -> Iterator[None]:
+            if self.regions is not None and routed.regions is not self.regions:
+                compile_blocks(self.transformer, routed, self.regions)
+            install(self, routed, {})
+            routed.enable(enabled)
+            try:
+                yield
+            finally:
+                sl.detach(self)
+
+        return state
+
+    def dense(self) -> AbstractContextManager[None]:
+        """The state in which nothing is routed; its blocks are compiled where the loop is."""
+        if self.regions is None:
+            return nullcontext()
+        if self._dense is None:
+            self._dense = self.attached(RoutingConfig.training_free(compute=1.0, axis="blocks"), enabled=False)
+        return self._dense()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The state in which torch.compile runs the dense backbone as one graph, without us."""
+        model = self.transformer
+        if self._whole is None:
+            options = {} if self.regions is None else self.regions.options
+            self._whole = torch.compile(model, **{**options, "fullgraph": False, "dynamic": False})
+        self.transformer = self._whole
+        try:
+            yield
+        finally:
+            self.transformer = model
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -99,31 +151,23 @@ def bare_points(loop: BareLoop, keeps: Sequence[float], computes: Sequence[float
     Args:
         loop: of the backbone.
         keeps: mean keep ratios of learned token routers (random ones, which cost as much).
-        computes: shares of the dense FLOPs, for what needs no training: tokens that reuse, and whole blocks.
+        computes: shares of the dense FLOPs: for tokens that reuse, whole blocks and both, which need no training; and for block
+            routers that skip, whose statistics are drawn at random, so that what they decide is known before the first step.
     """
-    asked: list[tuple[str, dict[str, float], RoutingConfig]] = []
-    tokens = not loop.spec.no_tokens
+    tokens, points = not loop.spec.no_tokens, []
+    for keep in keeps if tokens else ():
+        config = RoutingConfig(TokenRouting(), keep=keep)
+        points.append(OperatingPoint("tokens", {"keep": keep}, loop.steps, loop.attached(config)))
+    axes: dict[str, Literal["tokens", "blocks", "both"]] = {"blocks+reuse": "blocks"}
     if tokens:
-        asked += [("tokens", {"keep": keep}, RoutingConfig(TokenRouting(), keep=keep)) for keep in keeps]
+        axes = {"tokens+reuse": "tokens", **axes, "tokens+blocks+reuse": "both"}
     for compute in computes:
-        axes: dict[str, Literal["tokens", "blocks"]] = {"tokens+reuse": "tokens"} if tokens else {}
-        for method, axis in (axes | {"blocks+reuse": "blocks"}).items():
-            asked.append((method, {"compute": compute}, RoutingConfig.training_free(compute=compute, axis=axis)))
-    return [
-        OperatingPoint(method, budget, loop.steps, partial(_attached, loop, config)) for method, budget, config in asked
-    ]
-
-
-@contextmanager
-def _attached(loop: BareLoop, config: RoutingConfig) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sl.attach(loop, config)
-    routed_of(loop).shape = loop.shape
-    try:
-        yield
-    finally:
-        sl.detach(loop)
+        for method, axis in axes.items():
+            config = RoutingConfig.training_free(compute=compute, axis=axis)
+            points.append(OperatingPoint(method, {"compute": compute}, loop.steps, loop.attached(config)))
+        static = RoutingConfig(None, BlockRouting(decide="static", widths=(1.0,)), compute=compute)
+        points.append(OperatingPoint("blocks", {"compute": compute}, loop.steps, loop.attached(static)))
+    return points
 
 
 def timed_rows(
@@ -144,8 +188,10 @@ def timed_rows(
         progress: told the name of each run.
         described: further entries of every row.
     """
-    dense = OperatingPoint("dense", {}, loop.steps, nullcontext)
+    dense = OperatingPoint("dense", {}, loop.steps, loop.dense)
     points = [dense, *points]
+    if loop.regions is not None:
+        points.append(OperatingPoint("dense", {"whole": 1}, loop.steps, loop.whole, peer=True))
     device = next(loop.transformer.parameters()).device
     timings = interleave(
         {point.name: loop for point in points}, rounds, 1, synchronize(device), None, progress,
@@ -161,7 +207,8 @@ def timed_rows(
             new_row(
                 point.method, point.budget, planned_ratio=planned, latency_ms=timings.latency_ms(point.name), speedup=speedup,
                 efficiency=None if speedup is None or planned is None else speedup.value * planned, peak_memory_mb=peak,
-                steps=point.steps, batch=loop.samples, dtype=str(loop.transformer.dtype).removeprefix("torch."), compiled=False,
+                steps=point.steps, batch=loop.samples, dtype=str(loop.transformer.dtype).removeprefix("torch."),
+                compiled=loop.regions is not None,
                 **described or {},
             )
         )  # fmt: skip

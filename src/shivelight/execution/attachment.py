@@ -17,7 +17,7 @@ from torch import nn
 
 from shivelight.backbones import BackboneSpec
 from shivelight.errors import UnsupportedBackboneError
-from shivelight.execution.compiled import CompiledRegions, Lengths
+from shivelight.execution.compiled import CompiledRegions
 from shivelight.execution.hook import BlockHook, WholeHook
 from shivelight.execution.listeners import ActivationHook, EmbeddingHook, RootHook, refuse_parallel
 from shivelight.execution.routed import NAME, Routed
@@ -104,6 +104,8 @@ def _register_hooks(backbone: nn.Module, routed: Routed, spec: BackboneSpec) -> 
     for index in routed.routed:
         kind, block = blocks[index]
         _register(block, BlockHook(routed, index, kind))
+    if isinstance(routed.regions, CompiledRegions):
+        _cover_unrouted(backbone, routed)
     registry = _register(backbone, RootHook(routed))
     registry.invalidate_child_registries_cache()
     if hasattr(backbone, _NEVER_CAST):
@@ -121,17 +123,22 @@ def _register_hooks(backbone: nn.Module, routed: Routed, spec: BackboneSpec) -> 
     ]
 
 
-def compile_blocks(backbone: nn.Module, routed: Routed, lengths: Lengths, options: dict[str, Any]) -> None:
-    """Run all blocks as compiled graphs from now on; see `CompiledRegions`."""
-    routed.regions = CompiledRegions(lengths, options)
+def compile_blocks(backbone: nn.Module, routed: Routed, regions: CompiledRegions) -> None:
+    """Run all blocks as these compiled graphs from now on, while `routed` is on the backbone."""
+    routed.regions = regions
     # Few numbers of tokens, if each may have a graph: the coarsest that `count_unit` allows.
     tokens = routed.config.tokens
-    routed.planner.granularity = 1 if tokens is None else tokens.granularity if lengths == "dynamic" else 0
+    routed.planner.granularity = 1 if tokens is None else tokens.granularity if regions.chosen == "dynamic" else 0
     routed.planner.forget()
+    if getattr(backbone, NAME, None) is routed:
+        _cover_unrouted(backbone, routed)
+        HookRegistry.check_if_exists_or_initialize(backbone).invalidate_child_registries_cache()
+
+
+def _cover_unrouted(backbone: nn.Module, routed: Routed) -> None:
     for index, (kind, block) in enumerate(routed.spec.block_list(backbone)):
         if index not in routed.routed and _registry_hook(block) is None:
             _register(block, WholeHook(routed, kind))
-    HookRegistry.check_if_exists_or_initialize(backbone).invalidate_child_registries_cache()
 
 
 def _registry_hook(module: nn.Module) -> ModelHook | None:

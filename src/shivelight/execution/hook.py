@@ -65,7 +65,7 @@ class BlockHook(ModelHook):
         self._taps = Taps()
         self._own: OwnForward | None = None
 
-    def detach_hook(self, module: nn.Module) -> nn.Module:
+    def deinitalize_hook(self, module: nn.Module) -> nn.Module:  # as diffusers spells it
         """Taken off the block, with the taps on its layers."""
         self._taps.remove()
         return module

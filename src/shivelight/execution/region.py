@@ -6,6 +6,7 @@ forward hooks that do it (`Tap`) stay where they are from one run to the next, s
 fits every later run. Shapes: B samples, N image tokens, k kept tokens, D width.
 """
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -37,30 +38,47 @@ class Tap:
         return output if self.loan is None else self.loan(output)
 
 
+# Of each layer that ever had one: (its tap, the handle of its hook). Compiled graphs know a hook by the handle's number, so that a
+# layer which is tapped again, by whatever adapter, gets the same one back.
+_PLACED: weakref.WeakKeyDictionary[nn.Module, tuple[Tap, Any]] = weakref.WeakKeyDictionary()
+
+
 class Taps:
-    """The taps of one block, put on when they are first needed, and moved where a layer was exchanged for another (a LoRA)."""
+    """The taps on the layers of one block, put on when they are first needed, and moved where a layer was exchanged for another
+    (a LoRA)."""
 
     def __init__(self) -> None:
-        self._placed: dict[str, tuple[nn.Module, Tap, Any]] = {}
+        self._layers: dict[str, nn.Module] = {}
 
     def on(self, layers: Mapping[str, nn.Module]) -> dict[str, Tap]:
         """Those of these layers, by name."""
-        return {name: self._tap(name, layer) for name, layer in layers.items()}
-
-    def _tap(self, name: str, layer: nn.Module) -> Tap:
-        placed = self._placed.get(name)
-        if placed is None or placed[0] is not layer:
-            if placed is not None:
-                placed[2].remove()
-            tap = Tap()
-            placed = self._placed[name] = (layer, tap, layer.register_forward_hook(tap))
-        return placed[1]
+        for name, layer in layers.items():
+            before = self._layers.get(name)
+            if before is not layer:
+                if before is not None:
+                    _take_off(before)
+                self._layers[name] = layer
+                _put_on(layer)
+        return {name: _PLACED[layer][0] for name, layer in layers.items()}
 
     def remove(self) -> None:
         """Take all of them off."""
-        for _, _, handle in self._placed.values():
-            handle.remove()
-        self._placed.clear()
+        for layer in self._layers.values():
+            _take_off(layer)
+        self._layers.clear()
+
+
+def _put_on(layer: nn.Module) -> None:
+    if layer in _PLACED:
+        tap, handle = _PLACED[layer]
+        layer._forward_hooks[handle.id] = tap
+    else:
+        tap = Tap()
+        _PLACED[layer] = tap, layer.register_forward_hook(tap)
+
+
+def _take_off(layer: nn.Module) -> None:
+    layer._forward_hooks.pop(_PLACED[layer][1].id, None)
 
 
 def run_whole(

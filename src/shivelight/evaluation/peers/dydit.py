@@ -28,7 +28,7 @@ from shivelight.errors import ShivelightError
 from shivelight.evaluation.comparison import OperatingPoint
 from shivelight.evaluation.peers.ground import Ground, Passes, Where, blocks_run, generator
 from shivelight.execution.call import BlockCall
-from shivelight.execution.width import call_narrow, resized
+from shivelight.execution.width import OwnForward, call_narrow, resized
 
 METHOD = "dydit"
 _ROWS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -63,7 +63,7 @@ def dydit(where: Where, skip: float) -> OperatingPoint:
         def run(module: nn.Module, call: BlockCall, forward: Callable[..., Any]) -> tuple[Tensor, Tensor | None]:
             sizes, slices = widths[index].at(passes.context.step)
             with resized(module, sizes):
-                return call.split(call_narrow(module, slices, forward, **call.arguments))
+                return call.split(call_narrow(OwnForward(module, forward), slices, **call.arguments))
 
         return run
 
@@ -136,8 +136,8 @@ def _obstacle(kind: BlockSpec, block: nn.Module) -> str:
         if len(inner) != 1 or not hasattr(attention, "heads"):
             return f"the attention of {name} cannot be sliced by heads"
         size = inner.pop() // attention.heads
-        norms = [getattr(attention, norm, None) for norm in _NORMS]
-        if any(getattr(norm, "weight", None) is not None and norm.weight.numel() != size for norm in norms):
+        norms = [getattr(getattr(attention, norm, None), "weight", None) for norm in _NORMS]
+        if any(weight is not None and weight.numel() != size for weight in norms):
             return f"the attention of {name} normalises over all heads together"
     return ""
 
@@ -173,7 +173,8 @@ class _Widths:
         return self._known[key]
 
     def _slices(self, heads: int, channels: int) -> tuple[dict[str, int], dict[str, Tensor]]:
-        sizes, slices = {}, {}
+        sizes: dict[str, int] = {}
+        slices: dict[str, Tensor] = {}
         for name, attention in self.attentions.items():
             own = max(1, attention.heads * heads // self.heads)
             sizes[f"{name}.heads"] = own
@@ -187,7 +188,7 @@ class _Widths:
         for up in self.mlp.up:
             parameters = self.block.get_submodule(up).named_parameters()
             slices |= {f"{up}.{part}": value[:channels] for part, value in parameters}
-        slices[f"{self.mlp.down}.weight"] = self.block.get_submodule(self.mlp.down).weight[:, :channels]
+        slices[f"{self.mlp.down}.weight"] = self.block.get_parameter(f"{self.mlp.down}.weight")[:, :channels]
         return sizes, slices
 
     def saved(self, cost: Any, step: int, tokens: int, text: int, kept: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -58,7 +58,7 @@ class Ground:
 
     def dense(self) -> AbstractContextManager[Any]:
         """The backbone as it is without an adapter."""
-        return nullcontext() if isinstance(self.where, BareLoop) else self.where.routed.switched(False)
+        return self.where.dense() if isinstance(self.where, BareLoop) else self.where.routed.switched(False)
 
     def generate(self) -> None:
         """One generation of one sample, in the state that is in force; of a bare loop, of its batch."""

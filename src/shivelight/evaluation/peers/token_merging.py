@@ -27,7 +27,8 @@ from shivelight.errors import ShivelightError
 from shivelight.evaluation.comparison import OperatingPoint
 from shivelight.evaluation.peers.ground import Ground, Passes, Where, blocks_run, generator
 from shivelight.execution.call import BlockCall
-from shivelight.execution.rotary import turned
+from shivelight.execution.region import Taps, run_whole
+from shivelight.execution.rotary import turning
 from shivelight.execution.tokens import gather_tokens, queued
 
 METHOD = "token-merging"
@@ -117,15 +118,20 @@ def token_merging(where: Where, ratio: float) -> OperatingPoint:
             memory = passes.memory
             if "grid" not in memory:  # once in a generation: counting places may wait for the device
                 memory["grid"] = places(passes.arguments, ground, x.shape[1])
-            grid = memory["grid"]
+            grid: tuple[int, int] = memory["grid"]
             count = merged_count(x.shape[1], grid, ratio)
             if not count:
                 return call.split(forward(**call.arguments))
-            chosen = destinations(*grid, generator(index, passes.context.step))
+            chosen = destinations(grid[0], grid[1], generator(index, passes.context.step))
             matching = match(x, chosen, count)
             mixed = merge(x, matching)
-            with turned(module, call, matching.kept) as unturned:
-                image, text = call.split(forward(**call.on_tokens(mixed, matching.kept) | unturned))
+            layers, turns, unturned = turning(module, call, matching.kept)
+            taps = Taps()
+            try:
+                arguments = call.on_tokens(mixed, matching.kept) | unturned
+                image, text = call.split(run_whole(forward, arguments, None, taps.on(layers), turns))
+            finally:
+                taps.remove()
             return x + unmerge(image - gather_tokens(mixed, matching.kept), matching, x.shape[1]), text
 
         return run
