@@ -77,7 +77,7 @@ def group(shape: Shape, batch: int, compiled: bool, rounds: int) -> list[dict]:
     loop = BareLoop(model, batch, shape.tokens or preset.image_tokens, preset.text_tokens, shape.steps)
     if compiled:
         loop.compile()
-    points = bare_points(loop, KEEPS, COMPUTES if batch == 1 else ())
+    points, _ = bare_points(loop, KEEPS, COMPUTES if batch == 1 else ())
     described = {
         "variant": shape.name, "title": preset.title, "image_tokens": loop.shape[0], "text_tokens": loop.shape[1],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

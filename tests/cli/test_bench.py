@@ -20,7 +20,8 @@ def test_a_shape_with_random_weights_is_timed_and_written(tmp_path: Path) -> Non
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     results = read_results(path)
-    assert [row["method"] for row in results["rows"]] == ["dense", "tokens", "tokens+reuse", "blocks+reuse"]
+    assert [row["method"] for row in results["rows"]] == ["dense", "tokens", "tokens+reuse", "blocks+reuse", "blocks"]
+    assert "tokens+blocks+reuse: compute=0.6 cannot be reached in 3 steps" in done.output.replace("\n", " ")
     assert {row["image_tokens"] for row in results["rows"]} == {16} and results["rows"][0]["blocks_of_a_kind"] == 2
     # A speed-up that its interval does not tell from 1 is not printed as one.
     for row in results["rows"][1:]:

@@ -49,7 +49,7 @@ def test_a_published_shape_takes_its_example(name: str) -> None:
 def test_rows_are_timed_in_turns_and_hold_the_plan() -> None:
     model = build("flux").transformer
     loop = BareLoop(model, 1, 64, 6, 4)
-    points = bare_points(loop, [0.6], [0.5])
+    points, _ = bare_points(loop, [0.6], [0.5])
     methods = ["tokens", "tokens+reuse", "blocks+reuse", "tokens+blocks+reuse", "blocks"]
     assert [point.method for point in points] == methods
     rows = timed_rows(loop, points, rounds=2, described={"variant": "tiny"})
@@ -66,7 +66,7 @@ def test_rows_are_timed_in_turns_and_hold_the_plan() -> None:
 
 def test_the_plan_of_tokens_is_what_they_spend() -> None:
     loop = BareLoop(build("sd3").transformer, 1, 64, 6, 4)
-    (point,) = bare_points(loop, [0.5], [])
+    (point,), _ = bare_points(loop, [0.5], [])
     with point.state():
         loop()
         routed = routed_of(loop)
@@ -81,13 +81,13 @@ def test_what_cannot_be_timed_says_why() -> None:
         check_memory(10**15, torch.bfloat16, "cpu", "Big")
     check_memory(10, torch.bfloat16, "cpu", "small")
     sana = BareLoop(build("sana").transformer, 1, 16, 5, 4)
-    assert [point.method for point in bare_points(sana, [0.5], [0.5])] == ["blocks+reuse", "blocks"]
+    assert [point.method for point in bare_points(sana, [0.5], [0.5])[0]] == ["blocks+reuse", "blocks"]
 
 
 def test_a_compiled_loop_times_graphs_of_one_set_and_torchs_own_way_beside_them() -> None:
     torch._dynamo.reset()
     loop = BareLoop(build("pixart").transformer, 1, 16, 6, 4)
-    points = bare_points(loop, [], [0.6])
+    points, _ = bare_points(loop, [], [0.6])
     eager = {}
     for point in points:
         with point.state():

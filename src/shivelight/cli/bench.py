@@ -92,12 +92,12 @@ def bench(
         )
         if compile_blocks:
             loop.compile()
-        points = bare_points(loop, keep or ([] if compute else [0.8, 0.6]), compute or [])
+        points, reasons = bare_points(loop, keep or ([] if compute else [0.8, 0.6]), compute or [])
         if peers:
-            found, reasons = peer_points(loop, peers)
-            points += found
-            for reason in reasons:
-                common.say(f"left out: {reason}")
+            found, more = peer_points(loop, peers)
+            points, reasons = points + found, reasons + more
+        for reason in reasons:
+            common.say(f"left out: {reason}")
         described = {
             "variant": name, "title": preset.title, "image_tokens": loop.shape[0], "text_tokens": loop.shape[1],
             "parameters": parameters,

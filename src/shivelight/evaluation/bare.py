@@ -16,7 +16,7 @@ import shivelight as sl
 from shivelight.adapter import install, planned_ratio, prepare
 from shivelight.backbones import BackboneSpec, find_spec
 from shivelight.config import BlockRouting, RoutingConfig, TokenRouting
-from shivelight.errors import ShivelightError, UnsupportedBackboneError
+from shivelight.errors import BudgetError, ShivelightError, UnsupportedBackboneError
 from shivelight.evaluation.comparison import OperatingPoint
 from shivelight.evaluation.latency import interleave, peak_memory_mb, synchronize
 from shivelight.evaluation.results import new_row
@@ -145,8 +145,10 @@ def _moved(value: Any, reference: Tensor, name: str) -> Any:
     return value.to(reference.device, reference.dtype if casts else None)
 
 
-def bare_points(loop: BareLoop, keeps: Sequence[float], computes: Sequence[float]) -> list[OperatingPoint]:
-    """What is timed beside dense.
+def bare_points(
+    loop: BareLoop, keeps: Sequence[float], computes: Sequence[float]
+) -> tuple[list[OperatingPoint], list[str]]:
+    """What is timed beside dense; and of what cannot meet a budget, in so few steps, why.
 
     Args:
         loop: of the backbone.
@@ -154,20 +156,26 @@ def bare_points(loop: BareLoop, keeps: Sequence[float], computes: Sequence[float
         computes: shares of the dense FLOPs: for tokens that reuse, whole blocks and both, which need no training; and for block
             routers that skip, whose statistics are drawn at random, so that what they decide is known before the first step.
     """
-    tokens, points = not loop.spec.no_tokens, []
-    for keep in keeps if tokens else ():
-        config = RoutingConfig(TokenRouting(), keep=keep)
-        points.append(OperatingPoint("tokens", {"keep": keep}, loop.steps, loop.attached(config)))
+    tokens = not loop.spec.no_tokens
+    asked = [("tokens", {"keep": keep}, RoutingConfig(TokenRouting(), keep=keep)) for keep in keeps if tokens]
     axes: dict[str, Literal["tokens", "blocks", "both"]] = {"blocks+reuse": "blocks"}
     if tokens:
         axes = {"tokens+reuse": "tokens", **axes, "tokens+blocks+reuse": "both"}
     for compute in computes:
         for method, axis in axes.items():
-            config = RoutingConfig.training_free(compute=compute, axis=axis)
-            points.append(OperatingPoint(method, {"compute": compute}, loop.steps, loop.attached(config)))
+            asked.append((method, {"compute": compute}, RoutingConfig.training_free(compute=compute, axis=axis)))
         static = RoutingConfig(None, BlockRouting(decide="static", widths=(1.0,)), compute=compute)
-        points.append(OperatingPoint("blocks", {"compute": compute}, loop.steps, loop.attached(static)))
-    return points
+        asked.append(("blocks", {"compute": compute}, static))
+    points, reasons = [], []
+    for method, budget, config in asked:
+        point = OperatingPoint(method, budget, loop.steps, loop.attached(config))
+        try:
+            with point.state():
+                planned_ratio(loop, loop.steps)
+            points.append(point)
+        except BudgetError as error:
+            reasons.append(f"{method}: {error}")
+    return points, reasons
 
 
 def timed_rows(
