@@ -136,7 +136,7 @@ def _obstacle(kind: BlockSpec, block: nn.Module) -> str:
         if len(inner) != 1 or not hasattr(attention, "heads"):
             return f"the attention of {name} cannot be sliced by heads"
         size = inner.pop() // attention.heads
-        norms = [getattr(attention, norm, None) for norm in _NORMS]
+        norms: list[Any] = [getattr(attention, norm, None) for norm in _NORMS]
         if any(getattr(norm, "weight", None) is not None and norm.weight.numel() != size for norm in norms):
             return f"the attention of {name} normalises over all heads together"
     return ""
@@ -173,7 +173,8 @@ class _Widths:
         return self._known[key]
 
     def _slices(self, heads: int, channels: int) -> tuple[dict[str, int], dict[str, Tensor]]:
-        sizes, slices = {}, {}
+        sizes: dict[str, int] = {}
+        slices: dict[str, Tensor] = {}
         for name, attention in self.attentions.items():
             own = max(1, attention.heads * heads // self.heads)
             sizes[f"{name}.heads"] = own
@@ -184,10 +185,11 @@ class _Widths:
             for column in _COLUMNS:
                 if (layer := _layer(attention, column)) is not None:
                     slices[f"{name}.{column}.weight"] = layer.weight[:, : layer.in_features // attention.heads * own]
+        down: Any = self.block.get_submodule(self.mlp.down)
         for up in self.mlp.up:
             parameters = self.block.get_submodule(up).named_parameters()
             slices |= {f"{up}.{part}": value[:channels] for part, value in parameters}
-        slices[f"{self.mlp.down}.weight"] = self.block.get_submodule(self.mlp.down).weight[:, :channels]
+        slices[f"{self.mlp.down}.weight"] = down.weight[:, :channels]
         return sizes, slices
 
     def saved(self, cost: Any, step: int, tokens: int, text: int, kept: int) -> float:
