@@ -118,11 +118,11 @@ def token_merging(where: Where, ratio: float) -> OperatingPoint:
             memory = passes.memory
             if "grid" not in memory:  # once in a generation: counting places may wait for the device
                 memory["grid"] = places(passes.arguments, ground, x.shape[1])
-            grid: tuple[int, int] = memory["grid"]
-            count = merged_count(x.shape[1], grid, ratio)
+            rows, columns = memory["grid"]
+            count = merged_count(x.shape[1], (rows, columns), ratio)
             if not count:
                 return call.split(forward(**call.arguments))
-            chosen = destinations(grid[0], grid[1], generator(index, passes.context.step))
+            chosen = destinations(rows, columns, generator(index, passes.context.step))
             matching = match(x, chosen, count)
             mixed = merge(x, matching)
             layers, turns, unturned = turning(module, call, matching.kept)
