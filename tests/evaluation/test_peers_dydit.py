@@ -69,3 +69,10 @@ def test_it_is_for_random_weights_and_blocks_that_can_be_sliced() -> None:
     for name, reason in (("flux", "MLP of FluxSingle.* does not stand alone"), ("wan", "normalises over all heads")):
         with pytest.raises(sl.ShivelightError, match=reason):
             dydit(bare(name), 0.5)
+
+
+def test_in_a_compiled_loop_it_is_refused() -> None:
+    loop = bare("dit")
+    loop.compile(backend="eager")
+    with pytest.raises(sl.ShivelightError, match="no single graphs"):
+        dydit(loop, 0.5)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from shivelight.backbones.spec import BlockSpec
 from shivelight.errors import ShivelightError
+from shivelight.evaluation.bare import BareLoop
 from shivelight.evaluation.comparison import OperatingPoint
 from shivelight.evaluation.peers.ground import Ground, Passes, Where, blocks_run, generator
 from shivelight.execution.call import BlockCall
@@ -51,6 +52,8 @@ def dydit(where: Where, skip: float) -> OperatingPoint:
         raise ground.refuse(
             METHOD, "its gates need training, so only backbones with random weights are timed with it (bench)"
         )
+    if isinstance(where, BareLoop) and where.regions is not None:
+        raise ground.refuse(METHOD, "its gates look at values in the middle of a block, so blocks are no single graphs")
     if not 0.0 < skip < 1.0:
         raise ShivelightError(f"The share that {METHOD} leaves out is {skip}; give one in (0, 1).")
     for kind, block in ground.blocks:
