@@ -31,17 +31,20 @@ def by(router: Any, pipe: StableDiffusion3Pipeline, compute: float, **reuse: Any
 
 
 @settings(deadline=None)
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 30))
-def test_intervals_never_shrink_and_fill_the_generation(count: int, steps: int, longest: int) -> None:
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 30), st.floats(1.0, 10.0))
+def test_intervals_never_shrink_and_fill_the_generation(count: int, steps: int, longest: int, growth: float) -> None:
     steps = max(steps, count)
     longest = max(longest, math.ceil(steps / count))
-    runs = run_steps(count, steps, longest)
+    runs = run_steps(count, steps, longest, growth)
     intervals = [end - start for start, end in zip(runs, [*runs[1:], steps], strict=True)]
     assert len(runs) == count and runs[0] == 0
     assert intervals == sorted(intervals) and intervals[0] >= 1 and intervals[-1] <= longest
-    # Between even and threefold from first to last, up to rounding.
+    # No further from even than the growth from first to last makes them, up to rounding.
     mean = steps / count
-    assert intervals[-1] <= math.ceil(1.5 * mean) + 1 and intervals[0] >= math.floor(0.5 * mean) - 1
+    assert intervals[-1] <= math.ceil(2 * growth / (1 + growth) * mean) + 1
+    assert intervals[0] >= math.floor(2 / (1 + growth) * mean) - 1
+    if growth == 1 and longest >= math.ceil(mean):
+        assert intervals[-1] - intervals[0] <= 1
 
 
 @pytest.mark.parametrize(("compute", "runs"), [(0.7, [0, 1, 2, 3, 4, 6, 8]), (0.5, [0, 1, 2, 4, 7]), (0.25, [0, 2])])
