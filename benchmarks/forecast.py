@@ -3,7 +3,7 @@
     python benchmarks/forecast.py                                              # the embedded SD3 pipeline
     python benchmarks/forecast.py --pipeline build/families/flux/pipeline      # a teacher of recipes/train_teacher.py
 
-Writes benchmarks/results/forecast.json; one call measures one pipeline and replaces the rows of its family. Validation captions
+Writes benchmarks/results/forecast.json; one call measures one pipeline and replaces its family's rows of the same settings. Validation captions
 (the test set judges, and tunes nothing), same seeds, PSNR and SSIM to the dense pictures of the same steps. Each row is one
 setting of `Reuse` at one budget; "as it was" is what `RoutingConfig.training_free(axis="blocks")` did before.
 """
@@ -24,7 +24,7 @@ from shivelight.evaluation.fidelity import fidelity_to_dense
 from shivelight.evaluation.results import new_results, new_row, read_results, write_results
 
 BEFORE = {"growth": 3.0, "forecast": 0.25, "whole": "residual"}
-DEFAULTS = ("output:3:0.25", "output:2:0.5", "output:1:1", "output:2:0.25", "output:2:1")
+DEFAULTS = ("output:3:0.25", "output:2:0.5", "output:1:1")
 
 
 def setting_of(text: str) -> dict[str, Any]:
@@ -39,12 +39,14 @@ def named(fields: dict[str, Any]) -> str:
 
 
 def save(path: Path, family: str, measured: dict[str, Any], rows: list[dict[str, Any]], device: str) -> None:
-    """Put the rows of a family in the place of its former ones."""
+    """Put the rows of a family in the place of its former ones of the same settings; those of other settings stay."""
     before = read_results(path) if path.exists() else {"rows": [], "families": {}}
     results = new_results(device=device, split="validation", backbone={"class": "small, trained, one of each family"})
     results["families"] = before["families"] | {family: measured}
-    results["rows"] = [row for row in before["rows"] if row["family"] != family]
-    results["rows"] += [row | {"family": family} for row in rows]
+    fresh = {row["variant"] for row in rows}
+    rows = [row | {"family": family} for row in rows]
+    own = [row for row in before["rows"] if row["family"] == family and row["variant"] not in fresh]
+    results["rows"] = [row for row in before["rows"] if row["family"] != family] + own + rows
     write_results(path, results)
 
 

@@ -183,7 +183,8 @@ class Reuse:
         forecast: share of the steps up to which two runs of a block (or token) may lie apart for its residual to be taken to
             go on as it changed between them: wholly where they lie close, not at all where this far apart. 0 adds it as it
             was last. Doubles the memory.
-        growth: where all blocks run at intervals, the last interval over the first; 1 spaces the runs evenly.
+        growth: where all blocks run at intervals, the last interval over the first; 1 spaces the runs evenly. Which is best
+            depends on the pipeline (`shivelight.evaluation.forecasting.search_reuse` finds out).
         whole: what is forecast where blocks only rest together: the "output" of the last block, or the "residual" that all of
             them add.
     """
@@ -196,7 +197,7 @@ class Reuse:
     max_reuses: int = 5
     blocks_after: float = 0.0
     forecast: float = 0.25
-    growth: float = 2.0
+    growth: float = 3.0
     whole: Literal["output", "residual"] = "output"
 
     def __post_init__(self) -> None:
