@@ -3,7 +3,8 @@
     python benchmarks/forecast.py                                              # the embedded SD3 pipeline
     python benchmarks/forecast.py --pipeline build/families/flux/pipeline      # a teacher of recipes/train_teacher.py
 
-Writes benchmarks/results/forecast.json; one call measures one pipeline and replaces its family's rows of the same settings. Validation captions
+Writes benchmarks/results/forecast.json; one call measures one pipeline and replaces its family's rows of the same settings.
+Validation captions
 (the test set judges, and tunes nothing), same seeds, PSNR and SSIM to the dense pictures of the same steps. Each row is one
 setting of `Reuse` at one budget; "as it was" is what `RoutingConfig.training_free(axis="blocks")` did before.
 """

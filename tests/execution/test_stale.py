@@ -47,6 +47,13 @@ def test_intervals_never_shrink_and_fill_the_generation(count: int, steps: int, 
         assert intervals[-1] - intervals[0] <= 1
 
 
+@pytest.mark.parametrize(
+    ("growth", "runs"), [(1.0, [0, 4, 8, 12, 16, 20]), (2.0, [0, 3, 6, 10, 14, 19]), (3.0, [0, 2, 5, 8, 13, 18])]
+)
+def test_the_growth_says_how_late_runs_lie(growth: float, runs: list[int]) -> None:
+    assert run_steps(6, 24, 24, growth) == runs
+
+
 @pytest.mark.parametrize("whole", ["output", "residual"])
 @pytest.mark.parametrize(("compute", "runs"), [(0.7, [0, 1, 2, 3, 4, 6, 8]), (0.5, [0, 1, 2, 4, 7]), (0.25, [0, 2])])
 def test_at_intervals_all_blocks_run_or_none(
