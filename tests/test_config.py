@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shivelight import AdapterError, DeltaConfig, RoutingConfig, TokenRouting
+from shivelight import AdapterError, DeltaConfig, Reuse, RoutingConfig, TokenRouting
 
 token_routings = st.builds(
     TokenRouting,
@@ -86,3 +86,20 @@ def test_a_bad_delta_setting_names_the_field(name: str, value: object) -> None:
 def test_a_stored_config_that_cannot_be_read_is_refused(data: object, said: str) -> None:
     with pytest.raises(AdapterError, match=said):
         RoutingConfig.from_dict(data)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("growth", 0.9), ("growth", math.nan), ("growth", 11.0), ("whole", "both"), ("forecast", 1.1)]
+)
+def test_a_bad_reuse_setting_names_the_field_and_the_value(name: str, value: object) -> None:
+    with pytest.raises(AdapterError, match=f"Reuse.{name} is {value!r}"):
+        Reuse(**{name: value})  # type: ignore[arg-type]
+
+
+def test_reuse_survives_json_and_an_older_file_has_the_defaults_of_new_fields() -> None:
+    config = RoutingConfig.training_free(compute=0.5, axis="blocks", growth=1.5, whole="residual", forecast=0.75)
+    written = json.loads(json.dumps(config.to_dict()))
+    assert RoutingConfig.from_dict(written) == config
+    for name in ("growth", "whole"):
+        del written["reuse"][name]
+    assert RoutingConfig.from_dict(written).reuse == Reuse(forecast=0.75)

@@ -183,6 +183,10 @@ class Reuse:
         forecast: share of the steps up to which two runs of a block (or token) may lie apart for its residual to be taken to
             go on as it changed between them: wholly where they lie close, not at all where this far apart. 0 adds it as it
             was last. Doubles the memory.
+        growth: where all blocks run at intervals, the last interval over the first; 1 spaces the runs evenly. Which is best
+            depends on the pipeline (`shivelight.evaluation.forecasting.search_reuse` finds out).
+        whole: what is forecast where blocks only rest together: the "output" of the last block, or the "residual" that all of
+            them add.
     """
 
     max_age: int = 10
@@ -193,6 +197,8 @@ class Reuse:
     max_reuses: int = 5
     blocks_after: float = 0.0
     forecast: float = 0.25
+    growth: float = 3.0
+    whole: Literal["output", "residual"] = "output"
 
     def __post_init__(self) -> None:
         _integer("Reuse.max_age", self.max_age)
@@ -202,6 +208,8 @@ class Reuse:
         _integer("Reuse.max_reuses", self.max_reuses)
         _require(0 <= self.blocks_after < 1, f"Reuse.blocks_after is {self.blocks_after}; give a share in [0, 1).")
         _require(0 <= self.forecast <= 1, f"Reuse.forecast is {self.forecast}; give a share in [0, 1].")
+        _require(1 <= self.growth <= 10, f"Reuse.growth is {self.growth}; give a ratio from 1 to 10.")
+        _one_of("Reuse.whole", self.whole, ("output", "residual"))
         _require(self.max_reuses >= 1, f"Reuse.max_reuses is {self.max_reuses}; give at least 1.")
         _require(self.max_cache_mb > 0, f"Reuse.max_cache_mb is {self.max_cache_mb}; give a positive number.")
 

@@ -31,57 +31,88 @@ def by(router: Any, pipe: StableDiffusion3Pipeline, compute: float, **reuse: Any
 
 
 @settings(deadline=None)
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 30))
-def test_intervals_never_shrink_and_fill_the_generation(count: int, steps: int, longest: int) -> None:
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 30), st.floats(1.0, 10.0))
+def test_intervals_never_shrink_and_fill_the_generation(count: int, steps: int, longest: int, growth: float) -> None:
     steps = max(steps, count)
     longest = max(longest, math.ceil(steps / count))
-    runs = run_steps(count, steps, longest)
+    runs = run_steps(count, steps, longest, growth)
     intervals = [end - start for start, end in zip(runs, [*runs[1:], steps], strict=True)]
     assert len(runs) == count and runs[0] == 0
     assert intervals == sorted(intervals) and intervals[0] >= 1 and intervals[-1] <= longest
-    # Between even and threefold from first to last, up to rounding.
+    # No further from even than the growth from first to last makes them, up to rounding.
     mean = steps / count
-    assert intervals[-1] <= math.ceil(1.5 * mean) + 1 and intervals[0] >= math.floor(0.5 * mean) - 1
+    assert intervals[-1] <= math.ceil(2 * growth / (1 + growth) * mean) + 1
+    assert intervals[0] >= math.floor(2 / (1 + growth) * mean) - 1
+    if growth == 1 and longest >= math.ceil(mean):
+        assert intervals[-1] - intervals[0] <= 1
 
 
+@pytest.mark.parametrize(
+    ("growth", "runs"), [(1.0, [0, 4, 8, 12, 16, 20]), (2.0, [0, 3, 6, 10, 14, 19]), (3.0, [0, 2, 5, 8, 13, 18])]
+)
+def test_the_growth_says_how_late_runs_lie(growth: float, runs: list[int]) -> None:
+    assert run_steps(6, 24, 24, growth) == runs
+
+
+@pytest.mark.parametrize("whole", ["output", "residual"])
 @pytest.mark.parametrize(("compute", "runs"), [(0.7, [0, 1, 2, 3, 4, 6, 8]), (0.5, [0, 1, 2, 4, 7]), (0.25, [0, 2])])
 def test_at_intervals_all_blocks_run_or_none(
-    pipe: StableDiffusion3Pipeline, monkeypatch: pytest.MonkeyPatch, compute: float, runs: list[int]
+    pipe: StableDiffusion3Pipeline, monkeypatch: pytest.MonkeyPatch, compute: float, runs: list[int], whole: str
 ) -> None:
     monkeypatch.setattr(BlockResiduals, "relative_drift", None)  # nothing is read from the device
-    routed = free(pipe, compute, forecast=0.5)
+    routed = free(pipe, compute, forecast=0.5, growth=3.0, whole=whole)
     assert routed.routed == (0, 1, 2, 3)  # the first as well: no router reads what it makes
-    sums: dict[str, dict[int, Tensor]] = {"image": {}, "text": {}}
+    known: dict[str, dict[int, Tensor]] = {"image": {}, "text": {}}
 
     def watch(block: int, x: Tensor, out: Tensor, kept: Any, text: tuple[Tensor, Tensor] | None) -> None:
         step = routed.context.step
         streams = {"image": (x, out)} | ({} if text is None else {"text": text})  # the last block drops the text
         for name, (before, after) in streams.items():
-            known = sums[name]
-            if step in runs:
-                known[step] = known.get(step, 0) + after - before
+            values = known[name]
+            if step in runs and whole == "residual":
+                values[step] = values.get(step, 0) + after - before
+            elif step in runs:
+                values[step] = after
             elif block < 3:
                 assert after is before
-            else:  # the last one adds what all of them are expected to
-                *older, at = sorted(known)
-                expected = known[at]
+            elif name == "text" and whole == "output":
+                torch.testing.assert_close(after, before)  # the last block makes none, and nothing reads it
+            else:  # the last one adds what all of them are expected to, or stands in for them
+                *older, at = sorted(values)
+                expected = values[at]
                 if older:
                     interval = at - older[-1]
                     share = max(0, 1 - interval / 5) * min(1, (step - at) / interval)
-                    expected = expected + share * (expected - known[older[-1]])
-                torch.testing.assert_close(after, before + expected, atol=1e-5, rtol=1e-4)
+                    expected = expected + share * (expected - values[older[-1]])
+                wanted = before + expected if whole == "residual" else expected
+                torch.testing.assert_close(after, wanted, atol=1e-5, rtol=1e-4)
                 seen.add((step, name))
 
     seen: set[tuple[int, str]] = set()
     routed.observer = watch
     walk(pipe, tiny_inputs(2), 10)
-    assert seen == {(step, name) for step in range(10) if step not in runs for name in ("image", "text")}
+    checked = ("image", "text") if whole == "residual" else ("image",)
+    assert seen == {(step, name) for step in range(10) if step not in runs for name in checked}
     assert routed.spending.ratio == pytest.approx(len(runs) / 10)
     assert sl.planned_ratio(pipe, 10) == pytest.approx(len(runs) / 10)
     routed.observer = None
     with routed.variant(blocks={"router": "age"}):  # the same request, another plan
         walk(pipe, tiny_inputs(2), 10)
         assert any(0 < sum(row) < 4 for row in routed.spending.map())
+
+
+def test_an_output_that_changes_evenly_is_forecast_exactly() -> None:
+    entry = BlockResiduals(torch.zeros(1, 3, 2), torch.zeros(1, 2, 2), 1e9)
+    start, rate = torch.randn(2, 1, 3, 2, generator=torch.Generator().manual_seed(5)).unbind()
+    for step in (0, 3):
+        entry.refresh(start + step * rate, step)
+    x, text = torch.full((1, 3, 2), 7.0), torch.ones(1, 2, 2)
+    image, kept = entry.stand_in(x, text, 5, max_age=4)
+    torch.testing.assert_close(image, start + 5 * rate)
+    assert torch.equal(kept, text)  # never made
+    image, _ = entry.stand_in(x, text, 8, max_age=4)
+    assert torch.equal(image, x)  # too old
+    assert entry.reused == [2]
 
 
 def test_no_residual_serves_longer_than_its_greatest_age(pipe: StableDiffusion3Pipeline) -> None:

@@ -202,14 +202,21 @@ class BlockHook(ModelHook):
     def _run_together(
         self, module: nn.Module, call: BlockCall, decision: Decision, entry: BlockResiduals
     ) -> tuple[Tensor, Tensor | None]:
-        """(image, text) where all blocks do the same: the last one adds, or takes in, what all of them add."""
+        """(image, text) where all blocks do the same: the last one adds, or takes in, what all of them add, or make."""
         routed, last = self.routed, self.block == self.routed.routed[-1]
-        assert routed.config.reuse is not None
+        step, reuse = routed.context.step, routed.config.reuse
+        assert reuse is not None
+        whole = reuse.whole == "output"
         if decision.action == "reuse":
             if not last:
                 return call.image, call.text
-            return entry.add(call.image, call.text, routed.context.step, routed.config.reuse.max_age)
+            expect = entry.stand_in if whole else entry.add
+            return expect(call.image, call.text, step, reuse.max_age)
         image, text = self._run(module, call)
+        if whole:
+            if last:  # copies: others may write into what a block returns
+                entry.refresh(image.clone(), step, None if text is None else text.clone())
+            return image, text
         passage = routed.context.memo.setdefault("passage", Passage())
         if self.kind.joined:
             passage.follow_joined(call.stream, call.returned, call.text_tokens)
@@ -217,7 +224,7 @@ class BlockHook(ModelHook):
             passage.follow(call.image, image, call.text, text)
         if last:
             images, texts = passage.finish()
-            entry.refresh(images, routed.context.step, texts)
+            entry.refresh(images, step, texts)
         return image, text
 
     def _run_as(

@@ -100,6 +100,18 @@ class BlockResiduals:
         stale = (step - self.image.at > max_age)[..., None]
         return torch.where(stale, x, x + self.image.expected(step))
 
+    def stand_in(self, x: Tensor, text: Tensor | None, step: int, max_age: int) -> tuple[Tensor, Tensor | None]:
+        """What blocks that are left out are expected to make, in the place of x and the text, where whole outputs were kept;
+        what never ran, or more than `max_age` steps ago, passes by."""
+        self.reused = [count + 1 for count in self.reused]
+        if text is None or self.text is None:
+            return self._instead(self.image, x, step, max_age), text
+        return self._instead(self.image, x, step, max_age), self._instead(self.text, text, step, max_age)
+
+    @staticmethod
+    def _instead(series: Series, x: Tensor, step: int, max_age: int) -> Tensor:
+        return torch.where((step - series.at > max_age)[..., None], x, series.expected(step))
+
     def update_text(self, text: Tensor | None, out: Tensor | None, step: int) -> None:
         """Take in what a block has added to the text tokens [B, M, D]; `out` is None in a block that is the text's last."""
         if self.text is not None and text is not None and out is not None:
@@ -167,7 +179,8 @@ class BlockResiduals:
         return write_back(completed, indices, out)
 
     def refresh(self, residual: Tensor | None, step: int, text: Tensor | None = None) -> None:
-        """Take in the residuals of every token [B, N, D] and of every text token [B, M, D]; None where there are none."""
+        """Take in the residuals (or outputs) of every token [B, N, D] and of every text token [B, M, D]; None where there are
+        none."""
         samples = len(self.complete)
         self.reused, self.ran_at, self.complete = [0] * samples, [step] * samples, [True] * samples
         if residual is not None:

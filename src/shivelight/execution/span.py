@@ -1,7 +1,7 @@
 """What all blocks together add to a stream of tokens, for routing that runs all of them or none.
 
 Where blocks only ever rest together, one residual serves for all: memory does not grow with depth, and a step that runs pays for
-one difference instead of one per block.
+one difference instead of one per block. (With `Reuse.whole="output"` the last block's output is kept, and nothing is added up.)
 """
 
 from torch import Tensor

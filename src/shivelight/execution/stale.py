@@ -38,20 +38,17 @@ class StalePlan:
         return len(self.allotted)
 
 
-# The last interval between runs of all blocks over the first (docs/decisions/training-free.md).
-_GROWTH = 3.0
-
-
-def run_steps(count: int, steps: int, longest: int) -> list[int]:
+def run_steps(count: int, steps: int, longest: int, growth: float) -> list[int]:
     """Steps of a generation at which all blocks run: the first, and others at intervals that never shrink, grow about
-    threefold from first to last, and never exceed `longest`.
+    `growth`-fold from first to last, and never exceed `longest`.
 
     Args:
         count: how many, at least steps / longest.
         steps: of the generation, at least `count`.
         longest: an interval, in steps.
+        growth: at least 1.
     """
-    weights = [1 + (_GROWTH - 1) * place / max(1, count - 1) for place in range(count)]
+    weights = [1 + (growth - 1) * place / max(1, count - 1) for place in range(count)]
     ends = [round(steps * sum(weights[: place + 1]) / sum(weights)) for place in range(count)]
     intervals = [max(1, end - start) for start, end in zip([0, *ends], ends, strict=False)]
     while sum(intervals) > steps:
@@ -124,7 +121,7 @@ class StaleGates:
         return StalePlan((*whole[:warm], *(rest * cost for cost in whole[warm:])))
 
     def _runs(self, count: int, steps: int) -> set[int]:
-        return set(run_steps(count, steps, self.reuse.max_age))
+        return set(run_steps(count, steps, self.reuse.max_age, self.reuse.growth))
 
     def _at_intervals(self, whole: Sequence[float], fewest: int, left: float) -> tuple[float, ...]:
         """What each step may spend, where as many as possible run everything and the others nothing."""
