@@ -3,6 +3,7 @@
 from shivelight.adapter import (
     attach,
     branch,
+    calibrate,
     compile,
     current_schedule,
     dense,
@@ -40,6 +41,7 @@ __all__ = [
     "UnsupportedBackboneError",
     "attach",
     "branch",
+    "calibrate",
     "compile",
     "current_schedule",
     "dense",

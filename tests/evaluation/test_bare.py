@@ -9,9 +9,10 @@ from families import FAMILIES, build
 import shivelight as sl
 from shivelight.adapter import routed_of
 from shivelight.backbones import find_spec
+from shivelight.backbones.examples import example_call
 from shivelight.backbones.presets import PRESETS, read_preset
 from shivelight.cost import planned_ratio
-from shivelight.evaluation.bare import BareLoop, bare_points, check_memory, example_call, timed_rows
+from shivelight.evaluation.bare import BareLoop, bare_points, check_memory, timed_rows
 from shivelight.evaluation.results import new_results, validate
 
 

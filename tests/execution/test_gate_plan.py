@@ -126,7 +126,7 @@ def test_the_first_step_of_step_mode_is_in_the_plan(pipe: StableDiffusion3Pipeli
         routed = gated(pipe, decide=decide)
         walk(pipe, tiny_inputs(1), 4)
         request = routed.request((900.0, 600.0, 300.0), 64, 7)
-        planner = routed.gates._gate_planner(request, Budget("compute", 0.6), routed.schedule(request).keep)
+        planner = routed.gates.gate_planner(request, Budget("compute", 0.6), routed.schedule(request).keep)
         whole = sum(routed.planner.costs[block].flops(64, 7) for block in routed.routed)
         assert planner.cost_by_step(-60.0).tolist() == [first * whole, 0.0, 0.0]
 
@@ -161,7 +161,7 @@ def test_the_expectation_is_of_records_made_at_that_dial(pipe: StableDiffusion3P
         routed.gates.records.add(times, records, torch.zeros(64, 3, 1), torch.full((64,), shift))
     walk(pipe, tiny_inputs(1), 4)
     request = routed.request(tuple(pipe.scheduler.timesteps[:4].tolist()), 64, 7, Budget("compute", 0.9))
-    planner = routed.gates._gate_planner(request, Budget("compute", 0.9), [[64] * 3] * 4)
+    planner = routed.gates.gate_planner(request, Budget("compute", 0.9), [[64] * 3] * 4)
     whole = float(planner.prices.sum())
     for shift, share in ((-4.0, 1.0), (0.0, 1.0), (4.0, 0.0)):  # far from each other's records
         assert float(planner.cost_by_step(shift).sum()) == pytest.approx(share * whole, rel=2e-3, abs=2e-3 * whole)

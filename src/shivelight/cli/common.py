@@ -121,8 +121,8 @@ def call_options(
 
 
 @contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Any]:
-    """A progress bar; yields a function that advances it by one, and may change the text."""
+def progress_bar(description: str, total: int | None) -> Iterator[Any]:
+    """A progress bar, endless without a total; yields a function that advances it by one, and may change the text."""
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         console=console, transient=not console.is_terminal,

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 import shivelight as sl
 from shivelight.adapter import install, planned_ratio, prepare
-from shivelight.backbones import BackboneSpec, find_spec
+from shivelight.backbones import find_spec
+from shivelight.backbones.examples import example_call
 from shivelight.config import BlockRouting, RoutingConfig, TokenRouting
-from shivelight.errors import BudgetError, ShivelightError, UnsupportedBackboneError
+from shivelight.errors import BudgetError, ShivelightError
 from shivelight.evaluation.comparison import OperatingPoint
 from shivelight.evaluation.latency import interleave, peak_memory_mb, synchronize
 from shivelight.evaluation.results import new_row
@@ -115,34 +116,6 @@ class BareLoop:
         if reset is not None:
             reset()
         return output
-
-
-def example_call(
-    model: nn.Module, spec: BackboneSpec, samples: int, tokens: int, text_tokens: int, seed: int = 0
-) -> dict[str, Any]:
-    """Random arguments of one call of a backbone, on its device and in its dtype; the timestep is left out."""
-    if spec.example is None:
-        raise UnsupportedBackboneError(
-            f"The spec {spec.name!r} does not say what input of a {type(model).__name__} looks like; fill in `example`."
-        )
-    reference = next(model.parameters())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        made = spec.example(model, samples, tokens, text_tokens)
-    call = {name: _moved(value, reference, name) for name, value in made.items()}
-    if "return_dict" in spec.model_arguments:
-        call["return_dict"] = False
-    return call
-
-
-def _moved(value: Any, reference: Tensor, name: str) -> Any:
-    """On a parameter's device, and in its dtype unless it counts places."""
-    if isinstance(value, dict):
-        return {key: _moved(entry, reference, key) for key, entry in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    casts = value.is_floating_point() and not name.endswith("_ids")
-    return value.to(reference.device, reference.dtype if casts else None)
 
 
 def bare_points(

@@ -130,14 +130,15 @@ class BlockGates(nn.Module):
         if budget.threshold is not None and self.records.filled == 0 and self.config.decide != "static":
             first = self._first_reuse(request, budget, kept)
             return GatePlan(Dial(budget.threshold), None, 1, slopes=self._slopes(), first=first)
-        planner = self._gate_planner(request, budget, kept)
+        planner = self.gate_planner(request, budget, kept)
         if budget.threshold is not None:
             return planner.plan(0.0)
         if self.config.closed == "reuse" and request.steps is GRID:
             return planner.plan(planner.farthest)  # a bare transformer's passes have nothing to reuse: everything runs
         return planner.solve(self._left(planner, request, budget))
 
-    def _gate_planner(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> GatePlanner:
+    def gate_planner(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> GatePlanner:
+        """What a generation's gates cost as a function of their shift, on the token schedule `kept`."""
         config, reuse, bare = self.config, self.reuse, request.steps is GRID
         places = _COARSE if bare else range(len(kept))
         return GatePlanner(
@@ -236,7 +237,7 @@ class BlockGates(nn.Module):
         if not budget.cap or request.steps is GRID:
             return None
         if self.cap is None or self.cap[0] != budget:
-            planner = self._gate_planner(request, budget, kept)
+            planner = self.gate_planner(request, budget, kept)
             cap = Cap(self._left(planner, request, budget), *planner.remaining())
             if self.cap is not None:  # a new budget in the middle of a generation: what was spent is spent
                 cap.spent = self.cap[1].spent

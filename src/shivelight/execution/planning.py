@@ -17,19 +17,29 @@ class Budget:
     """A bound that every generation meets.
 
     Attributes:
-        kind: "keep" is the mean token keep ratio, "compute" the share of dense FLOPs.
-        value: of it, in (0, 1].
+        kind: "keep" is the mean token keep ratio, "compute" the share of dense FLOPs; in time, "speedup" is how many times faster
+            than dense, "latency_ms" the milliseconds that the backbone takes for a generation.
+        value: of it; of keep and compute in (0, 1], of speedup at least 1.
         threshold: for "keep": blocks run where their router's probability is at least this; None runs all of them.
         cap: for "compute": no sample ever exceeds it, instead of meeting it on average.
     """
 
-    kind: Literal["keep", "compute"]
+    kind: Literal["keep", "compute", "speedup", "latency_ms"]
     value: float
     threshold: float | None = None
     cap: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.value, int | float) or not 0.0 < self.value <= 1.0:
+        number = isinstance(self.value, int | float) and math.isfinite(self.value)
+        if self.kind == "speedup":
+            if not number or self.value < 1:
+                raise BudgetError(f"speedup is {self.value!r}; give a number of at least 1, for example speedup=1.5.")
+        elif self.kind == "latency_ms":
+            if not number or self.value <= 0:
+                raise BudgetError(
+                    f"latency_ms is {self.value!r}; give milliseconds, more than 0, for example latency_ms=800."
+                )
+        elif not number or not 0.0 < self.value <= 1.0:
             raise BudgetError(f"{self.kind} is {self.value!r}; give a number in (0, 1], for example {self.kind}=0.6.")
         if self.threshold is not None and not (isinstance(self.threshold, int | float) and 0 < self.threshold < 1):
             raise BudgetError(f"threshold is {self.threshold!r}; give a probability in (0, 1), 0.5 in the paper.")
@@ -37,7 +47,12 @@ class Budget:
     @property
     def everything(self) -> bool:
         """Whether nothing is to be left out."""
-        return self.value == 1.0 and self.threshold is None
+        return self.value == 1.0 and self.threshold is None and self.kind != "latency_ms"
+
+    @property
+    def timed(self) -> bool:
+        """Whether it is a budget of time, which comes to one of FLOPs once steps and tokens are known."""
+        return self.kind in ("speedup", "latency_ms")
 
 
 @dataclass(frozen=True)

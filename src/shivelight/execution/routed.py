@@ -19,6 +19,7 @@ from shivelight.execution.folding import Delta, FoldedWeights
 from shivelight.execution.gate_plan import GatePlan
 from shivelight.execution.gates import Decision, Spending
 from shivelight.execution.planning import Budget, Planner, Request
+from shivelight.execution.pricing import Forced, Load, Stopwatch, equivalent
 from shivelight.execution.reuse import BlockResiduals, ResidualCache
 from shivelight.execution.scoring import TokenScorer
 from shivelight.execution.sessions import GateSession, Observer, Session
@@ -81,6 +82,14 @@ class Routed(nn.Module):
         self.residuals = self._new_residuals()
         self.shape = spec.default_shape(model)
         self.shape_seen = False
+        # Kinds of all blocks, by where their spec says they are; what the last pass held; where latency tables come from.
+        self.kinds = tuple(kind.path for kind, _ in blocks)
+        self.load: Load | None = None
+        self.stopwatch: Stopwatch | None = None
+        # A budget of time, what it was settled for, and what it came to.
+        self._settled: tuple[Any, Budget] | None = None
+        # While blocks are timed: what each of them does, whatever was decided.
+        self.forced: Forced | None = None
         self.enabled = True
         self.session: Session | None = None
         self.gate_session: GateSession | None = None
@@ -140,12 +149,48 @@ class Routed(nn.Module):
     @property
     def reuses(self) -> bool:
         """Whether residuals are kept now: passes of a bare transformer have no order in time."""
-        return self.config.reuse is not None and self.context.steps is not None and not self.budget.everything
+        return self.config.reuse is not None and self.context.steps is not None and not self.in_force.everything
 
     @property
     def selects(self) -> bool:
         """Whether tokens are left out under the budget in force."""
-        return self.config.tokens is not None and not self._token_budget(self.budget).everything
+        return self.config.tokens is not None and not self._token_budget(self.in_force).everything
+
+    @property
+    def in_force(self) -> Budget:
+        """The budget of this pass, of tokens or FLOPs: one of time, once it is settled, as what it comes to."""
+        if self._settled is None or not self.budget.timed or self._settled[0] != self._occasion():
+            return self.budget
+        return self._settled[1]
+
+    def _occasion(self) -> Any:
+        """What a budget of time is settled for: once for a generation; for a bare transformer, once for each kind of pass."""
+        tokens = None if self.load is None else self.load.tokens
+        return self.budget, tokens, self.load if self.context.steps is None else self.context.generation
+
+    def _settle(self, load: Load) -> None:
+        """Note what a pass holds; a budget of time is settled at the first one."""
+        self.load = load
+        self.shape, self.shape_seen = (load.tokens, load.text_tokens), True
+        if self.budget.timed and (self._settled is None or self._settled[0] != self._occasion()):
+            settled = self.settled(self.budget, self.context.steps or GRID, load, measure=True)
+            assert settled is not None
+            self._settled = self._occasion(), settled
+
+    def settled(self, budget: Budget, steps: tuple[float, ...], load: Load, measure: bool = False) -> Budget | None:
+        """A budget as one of tokens or FLOPs; None where it is one of time and no table is known, and none is measured."""
+        if not budget.timed:
+            return budget
+        if budget.everything:
+            return Budget("compute", 1.0)
+        table = None if self.stopwatch is None else self.stopwatch(load, measure)
+        if table is None:
+            if measure:
+                raise BudgetError(
+                    f"{budget.kind}= needs the times of this backbone's blocks; call shivelight.set_budget."
+                )
+            return None
+        return equivalent(self, table, budget, steps, load)
 
     @contextmanager
     def switched(self, enabled: bool) -> Iterator[None]:
@@ -217,7 +262,7 @@ class Routed(nn.Module):
         # Without steps in order (a bare transformer) nothing is reused.
         reuse = self.config.reuse if steps is not GRID else None
         return Request(
-            self._token_budget(budget or self.budget),
+            self._token_budget(budget or self.in_force),
             steps,
             tokens,
             text_tokens,
@@ -238,6 +283,10 @@ class Routed(nn.Module):
 
     def _token_budget(self, budget: Budget) -> Budget:
         """What tokens get of it, where blocks get a part too."""
+        if budget.timed:
+            raise BudgetError(
+                f"What {budget.kind}={budget.value} comes to is known once a picture was made: its steps and tokens count."
+            )
         blocks = self.config.blocks
         if blocks is None or budget.everything:
             return budget
@@ -249,11 +298,18 @@ class Routed(nn.Module):
         self, steps: tuple[float, ...], tokens: int, text_tokens: int, budget: Budget | None = None
     ) -> float | None:
         """Planned FLOPs of a generation of these timesteps over those of the dense blocks; with gates, as expected, or None
-        where nothing is known of them."""
+        where nothing is known of them, or of the times that the budget is about."""
+        budget = budget or self.budget
+        if budget.timed:
+            load = None if self.load is None else replace(self.load, tokens=tokens, text_tokens=text_tokens)
+            settled = None if load is None else self.settled(budget, steps, load)
+            if settled is None:
+                return None
+            budget = settled
         request = self.request(steps, tokens, text_tokens, budget)
         schedule = self.schedule(request)
         gates = self.gates or self.stale
-        plan = None if gates is None else gates.plan(request, budget or self.budget, schedule.keep)
+        plan = None if gates is None else gates.plan(request, budget, schedule.keep)
         if plan is None:
             return self.planner.planned_ratio(schedule, request)
         if plan.cost is None:
@@ -291,21 +347,23 @@ class Routed(nn.Module):
                 plan,
                 self.context,
                 self._entry(block, x, text),
-                self.gates.hard_bound(request, self.budget, schedule.keep),
+                self.gates.hard_bound(request, self.in_force, schedule.keep),
                 lambda block, first: self.read_gates(block, x[first:], text, first),
                 request,
             )
+        if self.forced is not None:
+            decisions = (self.forced(block, self._entry(block, x, text)),)
         self._account(block, decisions if len(decisions) == batch else decisions * batch, request)
         return decisions[:1] if len(set(decisions)) == 1 else decisions
 
     def _asked(self, tokens: int, text_tokens: int) -> tuple[Request, Schedule, GatePlan | StalePlan | None]:
         """The request of this generation, its schedule and the plan of its blocks, looked up once in a pass."""
-        key = ("asked", tokens, text_tokens, self.budget)
+        key = ("asked", tokens, text_tokens, self.in_force)
         found = self.context.memo.get(key)
         if found is None:
             request = self.request(self.context.steps or GRID, tokens, text_tokens)
             schedule, gates = self.schedule(request), self.gates or self.stale
-            plan = None if gates is None else gates.plan(request, self.budget, schedule.keep)
+            plan = None if gates is None else gates.plan(request, self.in_force, schedule.keep)
             found = self.context.memo[key] = request, schedule, plan
         return found
 
@@ -379,8 +437,8 @@ class Routed(nn.Module):
 
     def kept_counts(self, block: int, batch: int, tokens: int, text_tokens: int) -> tuple[int, ...]:
         """How many tokens each sample keeps in this block now: one number where all agree, else one for each sample."""
-        self.shape, self.shape_seen = (tokens, text_tokens), True
-        if self.budget.everything or self.config.tokens is None:
+        self._settle(Load(tokens, text_tokens, batch, self.context.branch))
+        if self.in_force.everything or self.config.tokens is None:
             return (tokens,)
         place = block - self.routed[0]
         context = self.context
@@ -396,7 +454,7 @@ class Routed(nn.Module):
 
     def _rows_of_timesteps(self, tokens: int, text_tokens: int) -> list[tuple[int, ...]]:
         """The schedule's row of each sample's timestep on the grid of a bare transformer; one transfer a pass."""
-        context, key = self.context, ("rows", tokens, text_tokens, self.budget)
+        context, key = self.context, ("rows", tokens, text_tokens, self.in_force)
         if key not in context.memo:
             assert context.timestep is not None
             table = self._asked(tokens, text_tokens)[1]
