@@ -54,10 +54,15 @@ COLUMNS = {
     "realised": ("realised", "{:.3f}", 1),
     "share of the block": ("share", "{:.2%}", 1),
     "of its weights": ("share_of_parameters", "{:.2%}", 1),
+    "time over dense fine-tuning's": ("ratio", "{:.2f}", 1),
+    "predicted": ("predicted", "{:.2f}", 1),
+    "held": ("held", "{}", 1),
+    "graphs": ("graphs", "{:d}", 1),
+    "compiling, s": ("compile_seconds", "{:.0f}", 1),
 }
 
 WITH_INTERVALS = (
-    "speedup", "psnr_to_dense", "psnr_to_fine", "kid", "kid_to_finetuned", "kid_to_dense", "iou_to_dense", "iou_to_truth",
+    "speedup", "ratio", "psnr_to_dense", "psnr_to_fine", "kid", "kid_to_finetuned", "kid_to_dense", "iou_to_dense", "iou_to_truth",
 )  # fmt: skip
 
 
@@ -71,7 +76,12 @@ def table(path: Path) -> str:
         return shapes(path, results)
     labels: dict[str, Callable[[dict[str, Any]], str]] = {
         "family": lambda row: row.get("family", ""),
-        "method": lambda row: row["method"] + (f" ({row['variant']})" if row.get("variant") else ""),
+        "shape": lambda row: row["variant"] if "title" in row else "",
+        "batch": lambda row: str(row["batch"]) if "title" in row else "",
+        "compiled": lambda row: ("yes" if row["compiled"] else "no") if "title" in row else "",
+        "method": lambda row: (
+            row["method"] + (f" ({row['variant']})" if row.get("variant") and "title" not in row else "")
+        ),
         "budget": budget_label,
         "steps": lambda row: str(row.get("steps", "")),
         "ms": lambda row: f"{row['latency_ms']['median']:.2f}" if "latency_ms" in row else "",
@@ -93,8 +103,10 @@ def table(path: Path) -> str:
         f"{results['split']} split, guidance {last['guidance']:g}"
         if "samples" in last
         else "",
-        f"{last['dtype']}, not compiled",
-        f"{last['latency_ms']['runs']} timed rounds, batch {last.get('batch', 1)}" if "latency_ms" in last else "",
+        ", ".join(sorted({row["dtype"] for row in rows if "dtype" in row}))
+        + ("" if any(row.get("compiled") for row in rows) else ", not compiled"),
+        f"{last['latency_ms']['runs']} timed rounds" if "latency_ms" in last else "",
+        f"batch {last.get('batch', 1)}" if "latency_ms" in last and "title" not in last else "",
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, diffusers {machine['diffusers']}",
     ]
     commands = [family["command"] for family in results.get("families", {}).values()] or [results["command"]]

@@ -15,6 +15,9 @@ UNTRAINED = {
     "drift": "those whose residual moves most run",
 }
 
+# Of whole blocks without training: what regrets least on three pipelines, at four budgets (docs/decisions/training-free.md).
+AT_INTERVALS = {"growth": 2.0, "forecast": 0.5}
+
 
 def _require(valid: bool, message: str) -> None:
     if not valid:
@@ -289,9 +292,11 @@ class RoutingConfig:
             keep: the budget in force once attached, for tokens alone; `set_budget` changes it.
             compute: the budget as a share of the dense FLOPs instead; needed for blocks.
             axis: whether tokens, whole blocks, or both are left out.
-            reuse: fields of `Reuse`.
+            reuse: fields of `Reuse`; for blocks alone, growth=2 and forecast=0.5 by default.
         """
         _one_of("axis", axis, ("tokens", "blocks", "both"))
+        if axis == "blocks":
+            reuse = AT_INTERVALS | reuse
         _require(axis == "tokens" or compute is not None, f"axis={axis!r} needs a budget of FLOPs: give compute=.")
         return cls(
             None if axis == "blocks" else TokenRouting(scores="drift", ratios="fixed"),

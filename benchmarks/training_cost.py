@@ -1,0 +1,81 @@
+"""What an iteration of joint training costs beside distilled dense fine-tuning: the same student and teacher, without routing.
+
+    python benchmarks/training_cost.py        # writes benchmarks/results/training-cost.json
+
+Each way trains a copy of the embedded pipeline on the same pictures, one iteration in turn; `ratio` is the median over the rounds
+of its time over dense fine-tuning's in the same round. Wanted: at most 1.07 with all tokens kept, below 1.0 at keep 0.6, and no
+more memory. Memory is the CUDA allocator's; on a CPU it is not measured.
+"""
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from shivelight.cli import common
+from shivelight.config import BlockRouting, DeltaConfig, Reuse, RoutingConfig, TokenRouting
+from shivelight.demo import pipeline as embedded
+from shivelight.demo.export import export_images
+from shivelight.evaluation.latency import interleave, peak_memory_mb, synchronize
+from shivelight.evaluation.results import new_results, new_row, write_results
+from shivelight.evaluation.statistics import bootstrap, median
+from shivelight.training.data import build_cache, read_folder
+from shivelight.training.stages import TrainingConfig
+from shivelight.training.trainer import Trainer
+
+DELTAS = DeltaConfig(6, 6.0)
+
+
+def main() -> None:
+    """Time every way and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--size", type=int, default=16, help="samples of an iteration")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training-cost.json"))
+    args = parser.parse_args()
+    common.quiet_libraries()
+    common.keep_freed_memory()
+    device = common.DEFAULT_DEVICE
+    config = TrainingConfig(
+        router_steps=0, policy_steps=0, joint_steps=1000, groups=1, group_size=args.size, rank_batches=0
+    )
+    kept = replace(config, keep_low=0.6, keep_high=0.6)
+    ways = {
+        "dense-finetuned": (RoutingConfig(None, None, DELTAS), config),
+        "tokens keep 1.0": (RoutingConfig(TokenRouting(), None, DELTAS), replace(config, keep_low=1.0, keep_high=1.0)),
+        "tokens keep 0.6": (RoutingConfig(TokenRouting(), None, DELTAS), kept),
+        "tokens+reuse keep 0.6": (RoutingConfig(TokenRouting(sees_drift=True), None, DELTAS, Reuse()), kept),
+        "blocks": (RoutingConfig(None, BlockRouting(), DELTAS), replace(config, gate_low=0.6, gate_high=0.6)),
+    }
+    results = new_results(device=device, backbone={"class": "SD3Transformer2DModel", "of": "the embedded pipeline"})
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        images = read_folder(export_images(folder / "images", 64, "train", seed=100_000))
+        trainers = {}
+        for name, (routing, training) in ways.items():
+            pipe = common.open_pipeline(None, device, torch.bfloat16)
+            cache = build_cache(pipe, images, folder / "cache", 128, embedded.TEXT_TOKENS)
+            accelerator = Accelerator(mixed_precision="bf16", cpu=device == "cpu")
+            trainers[name] = Trainer(pipe, routing, training, cache, folder / name, accelerator)
+        timings = interleave(
+            {name: own.train_step for name, own in trainers.items()}, args.rounds, 2, synchronize(device)
+        )
+        dense = torch.tensor(timings.total["dense-finetuned"])
+        for name, trainer in trainers.items():
+            ratio = bootstrap(torch.tensor(timings.total[name]) / dense, statistic=median)
+            row = new_row(
+                name, batch=args.size, dtype="bfloat16", latency_ms=timings.latency_ms(name), ratio=ratio,
+                peak_memory_mb=peak_memory_mb(trainer.train_step, device),
+            )  # fmt: skip
+            results["rows"].append(row)
+            print(
+                f"{name:>22}: {row['latency_ms']['median']:.0f} ms, ratio {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+            )
+    write_results(args.out, results)
+
+
+if __name__ == "__main__":
+    main()
