@@ -12,9 +12,9 @@ is drawn from --seeds noises. Speed-ups are of one-sample generations timed in t
 to the dense pictures' KID, below 0 nearer to the data. Intervals resample pictures: the noises of one caption count as
 independent.
 
-With --add, rows that the file has of this family stay, and only the others are drawn. With --retime nothing is drawn: all rows
-that the file has are timed anew, since times depend on what else a machine does and pictures do not. --peers adds the caches
-of diffusers where the family has them.
+With --add, rows that the file has of this family stay, but for those of the methods --anew, and only the others are drawn. With
+--retime nothing is drawn: all rows that the file has are timed anew, since times depend on what else a machine does and pictures
+do not. --peers adds the caches of diffusers where the family has them.
 """
 
 import argparse
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--device", default=common.DEFAULT_DEVICE)
     parser.add_argument("--peers", action="store_true", help="also the caches that come with diffusers")
     parser.add_argument("--add", action="store_true", help="draw only what the file lacks")
+    parser.add_argument("--anew", nargs="+", default=[], help="with --add: methods whose rows are drawn again")
     parser.add_argument("--retime", action="store_true", help="time what the file has, and draw nothing")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
@@ -196,7 +197,8 @@ def main() -> None:
         return
     print(f"{family}: {len(points)} rows, {len(chosen)} pictures, {len(set(chosen))} captions", flush=True)
     frame = new_results(device=args.device)
-    there = {point_key(row): row for row in rows_of(args.out, family)} if args.add else {}
+    known = [row for row in rows_of(args.out, family) if row["method"] not in args.anew] if args.add else []
+    there = {point_key(row): row for row in known}
     points = [points[0], *(point for point in points[1:] if point_key(point) not in there)]
     measured: dict[str, Any] = {
         **{name: frame[name] for name in ("command", "commit", "machine")},

@@ -12,7 +12,7 @@ from shivelight.errors import BudgetError, ShivelightError
 
 # 0.29 * 100 is 28.999999999999996: without a guard such a ratio loses a token to rounding.
 _FLOOR_GUARD = 1e-9
-# From so many tokens on, finding the k-th score is faster than sorting all (on a CPU 2 to 4 times at 4096).
+# From so many tokens on, finding the k-th score is faster than sorting all of them.
 _MANY = 1024
 
 
