@@ -85,9 +85,10 @@ def test_what_cannot_be_timed_says_why() -> None:
     assert [point.method for point in bare_points(sana, [0.5], [0.5])[0]] == ["blocks+reuse", "blocks"]
 
 
-def test_a_compiled_loop_times_graphs_of_one_set_and_torchs_own_way_beside_them() -> None:
+@pytest.mark.parametrize("name", ["pixart", "dit"])  # DiT's timestep embedder is inside its first block
+def test_a_compiled_loop_times_graphs_of_one_set_and_torchs_own_way_beside_them(name: str) -> None:
     torch._dynamo.reset()
-    loop = BareLoop(build("pixart").transformer, 1, 16, 6, 4)
+    loop = BareLoop(build(name).transformer, 1, 16, 6, 4)
     points, _ = bare_points(loop, [], [0.6])
     eager = {}
     for point in points:

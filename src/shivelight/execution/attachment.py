@@ -126,6 +126,10 @@ def _register_hooks(backbone: nn.Module, routed: Routed, spec: BackboneSpec) -> 
 def compile_blocks(backbone: nn.Module, routed: Routed, regions: CompiledRegions) -> None:
     """Run all blocks as these compiled graphs from now on, while `routed` is on the backbone."""
     routed.regions = regions
+    # A block that holds an embedder we listen to (DiT's first) would be compiled anew at each attach.
+    heard = {routed.spec.timestep_embedding, routed.spec.condition_embedding} - {None}
+    listened = {backbone.get_submodule(path) for path in heard if path is not None}
+    regions.left.update(block for _, block in routed.spec.block_list(backbone) if listened & set(block.modules()))
     # Few numbers of tokens, if each may have a graph: the coarsest that `count_unit` allows.
     tokens = routed.config.tokens
     routed.planner.granularity = 1 if tokens is None else tokens.granularity if regions.chosen == "dynamic" else 0

@@ -25,6 +25,7 @@ _FEW = 4
 # How much slower a graph of any length may be than one of a single length, to save the others.
 _TOLERATED = 1.02
 _ROUNDS = 9
+_LEFT = "as it is"
 
 
 class Regions:
@@ -68,6 +69,7 @@ class CompiledRegions(Regions):
         measured_ms: medians of one block, by kind of length, where "auto" measured.
         graphs: how many were compiled so far.
         seconds: spent on it, first runs included.
+        left: blocks that run as they are.
     """
 
     def __init__(self, lengths: Lengths, options: dict[str, Any]) -> None:
@@ -79,12 +81,15 @@ class CompiledRegions(Regions):
         self.graphs = 0
         self.seconds = 0.0
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
+        self.left: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._seen: set[Hashable] = set()
         self._forms: dict[Hashable, int] = {}
         self._form_of: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, ...]] = weakref.WeakKeyDictionary()
 
     def form(self, block: nn.Module) -> tuple[Hashable, ...]:
         """See `Regions.form`."""
+        if block in self.left:
+            return (_LEFT,)
         found = self._form_of.get(block)
         if found is None:
             # Blocks that differ would be forms of one code object, and torch gives up after a few.
@@ -103,7 +108,7 @@ class CompiledRegions(Regions):
 
     def run(self, key: Hashable, function: Callable[..., Any], *args: Any) -> Any:
         """What the function gives, by the graph of this key."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or (isinstance(key, tuple) and key[0] is _LEFT):
             return function(*args)
         compiled = self._compiled.get(key)
         if compiled is None:
@@ -131,7 +136,7 @@ class CompiledRegions(Regions):
         *args: Any,
     ) -> Any:
         """See `Regions.run_tokens`."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or key[0] is _LEFT:
             return function(*args)
         ways: dict[str, tuple[Hashable, ...]] = {"static": (*key, indices.shape[1]), "dynamic": (*key, "any")}
         if self.chosen == "auto" and counts() > _FEW:
