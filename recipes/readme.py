@@ -31,6 +31,7 @@ PAGES = (
     "README.md",
     "docs/results.md",
     "docs/families.md",
+    "docs/speed.md",
     "docs/decisions/training-free.md",
     "docs/decisions/blocks.md",
 )
@@ -56,7 +57,7 @@ COLUMNS = {
     "of its weights": ("share_of_parameters", "{:.2%}", 1),
     "time over dense fine-tuning's": ("ratio", "{:.2f}", 1),
     "predicted": ("predicted", "{:.2f}", 1),
-    "held": ("held", "{}", 1),
+    "held (1: within 3% or the spread)": ("held", "{:.0f}", 1),
     "graphs": ("graphs", "{:d}", 1),
     "compiling, s": ("compile_seconds", "{:.0f}", 1),
 }
@@ -103,8 +104,10 @@ def table(path: Path) -> str:
         f"{results['split']} split, guidance {last['guidance']:g}"
         if "samples" in last
         else "",
-        ", ".join(sorted({row["dtype"] for row in rows if "dtype" in row}))
-        + ("" if any(row.get("compiled") for row in rows) else ", not compiled"),
+        ", ".join(
+            sorted({row["dtype"] for row in rows if "dtype" in row})
+            + ([] if any(row.get("compiled") for row in rows) else ["not compiled"])
+        ),
         f"{last['latency_ms']['runs']} timed rounds" if "latency_ms" in last else "",
         f"batch {last.get('batch', 1)}" if "latency_ms" in last and "title" not in last else "",
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, diffusers {machine['diffusers']}",
