@@ -134,7 +134,7 @@ def test_gradients_run_uncompiled() -> None:
     routed = kept(pipe)
     sl.compile(pipe, backend="eager")
     with torch.enable_grad():
-        routed.regions.run("key", lambda value: value * 2, torch.ones(2))
+        routed.regions.run(("key",), lambda value: value * 2, torch.ones(2))
     assert not routed.regions._compiled
 
 

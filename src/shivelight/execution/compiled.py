@@ -39,7 +39,7 @@ class Regions:
         """Whether blocks should run beforehand, for the first time under this key, what later prompts may ask of them."""
         return False
 
-    def run(self, key: Hashable, function: Callable[..., Any], *args: Any) -> Any:
+    def run(self, key: tuple[Hashable, ...], function: Callable[..., Any], *args: Any) -> Any:
         """What the function gives."""
         return function(*args)
 
@@ -106,9 +106,9 @@ class CompiledRegions(Regions):
         self._seen.add(key)
         return True
 
-    def run(self, key: Hashable, function: Callable[..., Any], *args: Any) -> Any:
+    def run(self, key: tuple[Hashable, ...], function: Callable[..., Any], *args: Any) -> Any:
         """What the function gives, by the graph of this key."""
-        if torch.is_grad_enabled() or (isinstance(key, tuple) and key[0] is _LEFT):
+        if self._stays(key):
             return function(*args)
         compiled = self._compiled.get(key)
         if compiled is None:
@@ -136,7 +136,7 @@ class CompiledRegions(Regions):
         *args: Any,
     ) -> Any:
         """See `Regions.run_tokens`."""
-        if torch.is_grad_enabled() or key[0] is _LEFT:
+        if self._stays(key):
             return function(*args)
         ways: dict[str, tuple[Hashable, ...]] = {"static": (*key, indices.shape[1]), "dynamic": (*key, "any")}
         if self.chosen == "auto" and counts() > _FEW:
@@ -145,6 +145,9 @@ class CompiledRegions(Regions):
         if way == "dynamic":
             torch._dynamo.maybe_mark_dynamic(indices, 1)
         return self.run(ways[way], function, *args)
+
+    def _stays(self, key: tuple[Hashable, ...]) -> bool:
+        return torch.is_grad_enabled() or key[0] is _LEFT
 
     def _measure(
         self, ways: dict[str, tuple[Hashable, ...]], indices: Tensor, function: Callable[..., Any], args: tuple
@@ -182,9 +185,9 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _own_code(function: Callable[..., Any], key: Hashable) -> Callable[..., Any]:
+def _own_code(function: Callable[..., Any], key: tuple[Hashable, ...]) -> Callable[..., Any]:
     """The same function with a code object of its own, under a name that profiles show."""
     assert isinstance(function, types.FunctionType)
-    name = "_".join([function.__name__, *(str(part) for part in (key if isinstance(key, tuple) else (key,)))])
+    name = "_".join([function.__name__, *map(str, key)])
     code = function.__code__.replace(co_name=name, co_qualname=name)
     return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)

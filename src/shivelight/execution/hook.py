@@ -242,7 +242,7 @@ class BlockHook(ModelHook):
         indices = None
         if decision.tokens < x.shape[1]:  # a permuted k = N is not bit-identical, so nothing is gathered there
             assert selection.scores is not None
-            indices = self.routed.regions.run("kept", top_k_indices, selection.scores, decision.tokens)
+            indices = self.routed.regions.run(("kept",), top_k_indices, selection.scores, decision.tokens)
         layers = {} if entry is None else self._context_layers(module)
         image, text = self._run(module, call, decision.width, selection.masks, indices, layers, entry)
         if entry is None:
