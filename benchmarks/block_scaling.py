@@ -19,9 +19,9 @@ import shivelight as sl
 from shivelight.adapter import routed_of
 from shivelight.cli import common
 from shivelight.cli.evaluate import describe
-from shivelight.evaluation.latency import interleave, synchronize
 from shivelight.evaluation.results import new_results, new_row, write_results
 from shivelight.execution.tokens import gather_tokens, write_back
+from shivelight.measurement.latency import interleave, synchronize
 from shivelight.routing import top_k_indices
 
 BLOCK = 3

@@ -31,10 +31,10 @@ from shivelight.demo import pipeline as embedded
 from shivelight.errors import BudgetError
 from shivelight.evaluation.bare import BareLoop
 from shivelight.evaluation.comparison import Adapter, Comparison, Setting
-from shivelight.evaluation.latency import ModuleClock, Timings, interleave, synchronize
 from shivelight.evaluation.results import new_results, new_row, write_results
 from shivelight.evaluation.standard import method_name
 from shivelight.execution.pricing import passes_per_step, predicted_ms
+from shivelight.measurement.latency import ModuleClock, Timings, interleave, synchronize
 
 State = Callable[[], AbstractContextManager[Any]]
 TOLERANCE = 0.03

@@ -17,8 +17,8 @@ import shivelight as sl
 from shivelight.adapter import routed_of
 from shivelight.cli import common
 from shivelight.cli.evaluate import describe
-from shivelight.evaluation.latency import interleave, synchronize
 from shivelight.evaluation.results import new_results, new_row, write_results
+from shivelight.measurement.latency import interleave, synchronize
 from shivelight.training.session import TeacherRecord, TokenSession
 
 SAMPLES = 16

@@ -18,8 +18,8 @@ import torch
 from diffusers.models.attention import JointTransformerBlock
 
 from shivelight.cli import common
-from shivelight.evaluation.latency import interleave, synchronize
 from shivelight.evaluation.results import new_results, new_row, write_results
+from shivelight.measurement.latency import interleave, synchronize
 from shivelight.routing import BLOCK_ROUTERS, TokenRouter
 
 TEXT = 333

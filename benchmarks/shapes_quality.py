@@ -24,7 +24,7 @@ from shivelight.demo.shapes import ShapeData, Split, view
 from shivelight.evaluation.comparison import Comparison, OperatingPoint, Setting
 from shivelight.evaluation.results import new_results, new_row, write_results
 from shivelight.evaluation.shapes import chamfer, iou
-from shivelight.evaluation.statistics import bootstrap
+from shivelight.measurement.statistics import bootstrap
 
 
 class ShapeComparison(Comparison):

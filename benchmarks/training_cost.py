@@ -19,9 +19,9 @@ from shivelight.cli import common
 from shivelight.config import BlockRouting, DeltaConfig, Reuse, RoutingConfig, TokenRouting
 from shivelight.demo import pipeline as embedded
 from shivelight.demo.export import export_images
-from shivelight.evaluation.latency import interleave, peak_memory_mb, synchronize
 from shivelight.evaluation.results import new_results, new_row, write_results
-from shivelight.evaluation.statistics import bootstrap, median
+from shivelight.measurement.latency import interleave, peak_memory_mb, synchronize
+from shivelight.measurement.statistics import bootstrap, median
 from shivelight.training.data import build_cache, read_folder
 from shivelight.training.stages import TrainingConfig
 from shivelight.training.trainer import Trainer

@@ -14,6 +14,9 @@ ALLOWED = {
     "backbones": {"backbones", "errors"},
     "execution": {"execution", "routing", "backbones", "cost", "config", "errors"},
     "cost": {"backbones", "errors"},
+    "measurement": {"measurement", "errors"},
+    "calibration": {"calibration", "measurement", "execution", "backbones", "routing", "config", "files", "errors"},
+    "adapter": {"calibration", "execution", "backbones", "routing", "config", "errors"},
     "config": {"errors"},
     "files": set(),
 }

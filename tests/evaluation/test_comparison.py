@@ -19,7 +19,6 @@ from shivelight.adapter_files import read_adapter, read_deltas
 from shivelight.cost import step_flops
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.comparison import Comparison, KeptTokens, OperatingPoint, Setting
-from shivelight.evaluation.latency import Timings, interleave
 from shivelight.evaluation.standard import (
     adapter_points,
     references,
@@ -28,6 +27,7 @@ from shivelight.evaluation.standard import (
     with_fewer_steps,
 )
 from shivelight.execution.folding import Delta
+from shivelight.measurement.latency import Timings, interleave
 
 STEPS = 3
 

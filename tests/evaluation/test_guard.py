@@ -1,7 +1,7 @@
 """What keeps a quality, and what does not."""
 
 from shivelight.evaluation.guard import Tried, most_runs
-from shivelight.evaluation.statistics import Estimate
+from shivelight.measurement.statistics import Estimate
 
 
 def test_the_lower_end_of_the_interval_decides() -> None:

@@ -19,7 +19,7 @@ from shivelight.evaluation.results import (
     validate,
     write_results,
 )
-from shivelight.evaluation.statistics import Estimate
+from shivelight.measurement.statistics import Estimate
 
 
 def example() -> dict:

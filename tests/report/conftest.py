@@ -1,7 +1,7 @@
 import pytest
 
 from shivelight.evaluation.results import new_row
-from shivelight.evaluation.statistics import Estimate
+from shivelight.measurement.statistics import Estimate
 
 
 def latency(median: float) -> dict:

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from shivelight.calibration.rehearsal import Rehearsed, Standing, is_bare, rehearsal
-from shivelight.evaluation.latency import Timings, interleave, synchronize
 from shivelight.execution.gates import Decision
 from shivelight.execution.latency_table import LatencyTable, TimeCurve, rising
 from shivelight.execution.pricing import Load
 from shivelight.execution.routed import Routed
+from shivelight.measurement.latency import Timings, interleave, synchronize
 from shivelight.routing import count_unit
 
 SECONDS = 8.0

@@ -13,12 +13,12 @@ from torch import nn
 
 from shivelight.calibration.measure import SECONDS, Progress, measure_table
 from shivelight.calibration.rehearsal import is_bare
-from shivelight.evaluation.results import machine_info
 from shivelight.execution.compiled import CompiledRegions
 from shivelight.execution.latency_table import LatencyTable
 from shivelight.execution.pricing import Load
 from shivelight.execution.routed import NAME, Routed
 from shivelight.files import replacing
+from shivelight.measurement.machine import machine_info
 
 FORMAT = 1
 

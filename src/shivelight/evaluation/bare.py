@@ -19,10 +19,10 @@ from shivelight.backbones.examples import example_call
 from shivelight.config import BlockRouting, RoutingConfig, TokenRouting
 from shivelight.errors import BudgetError, ShivelightError
 from shivelight.evaluation.comparison import OperatingPoint
-from shivelight.evaluation.latency import interleave, peak_memory_mb, synchronize
 from shivelight.evaluation.results import new_row
 from shivelight.execution.attachment import compile_blocks
 from shivelight.execution.compiled import CompiledRegions, Lengths
+from shivelight.measurement.latency import interleave, peak_memory_mb, synchronize
 
 
 class BareLoop:

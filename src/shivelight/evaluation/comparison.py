@@ -22,11 +22,11 @@ from shivelight.errors import ShivelightError
 from shivelight.evaluation.distribution import fd, kid, kid_difference
 from shivelight.evaluation.features import extract_features
 from shivelight.evaluation.fidelity import fidelity_to_dense
-from shivelight.evaluation.latency import ModuleClock, Timings, interleave, peak_memory_mb, synchronize
 from shivelight.evaluation.results import new_row
 from shivelight.execution.folding import Delta, FoldedWeights
 from shivelight.execution.planning import Budget
 from shivelight.execution.routed import Routed
+from shivelight.measurement.latency import ModuleClock, Timings, interleave, peak_memory_mb, synchronize
 from shivelight.pipelines import any_caption, draw
 
 Progress = Callable[[str], None]

@@ -13,7 +13,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance, poly_kernel
 
 from shivelight.errors import DataError
-from shivelight.evaluation.statistics import Estimate, jackknife_two_samples
+from shivelight.measurement.statistics import Estimate, jackknife_two_samples
 
 KID_SUBSETS = 100
 

@@ -10,7 +10,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from shivelight.errors import DataError
 from shivelight.evaluation.images import as_tensor
-from shivelight.evaluation.statistics import Estimate, bootstrap
+from shivelight.measurement.statistics import Estimate, bootstrap
 
 # Identical images have no finite PSNR; one channel of one pixel of a 128 px image off by one step is 95 dB.
 IDENTICAL_PSNR = 100.0

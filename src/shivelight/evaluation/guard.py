@@ -9,7 +9,7 @@ from shivelight.errors import BudgetError
 from shivelight.evaluation.comparison import Comparison
 from shivelight.evaluation.fidelity import fidelity_to_dense
 from shivelight.evaluation.results import new_row
-from shivelight.evaluation.statistics import Estimate
+from shivelight.measurement.statistics import Estimate
 
 # Budgets that are tried are multiples of this, in percent of the dense FLOPs.
 STEP = 2

@@ -6,19 +6,18 @@ A figure that was not measured is absent, never 0, null or NaN.
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shivelight.errors import DataError
-from shivelight.evaluation.statistics import Estimate
 from shivelight.files import replacing
+from shivelight.measurement.machine import machine_info
+from shivelight.measurement.statistics import Estimate
 
 SCHEMA = 1
 REQUIRED = {"schema": int, "command": str, "commit": str, "machine": dict, "seed": int, "backbone": dict, "rows": list}
@@ -40,31 +39,6 @@ POSITIVE_FIGURES = frozenset(
         "samples",
     }
 )
-
-
-def machine_info(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The machine and the versions that figures depend on."""
-    device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    versions = {package: metadata.version(package) for package in ("diffusers", "transformers", "accelerate", "peft")}
-    return {
-        "device": name,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **versions,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _processor() -> str:
-    """The CPU's model name; Linux tells it in one file only."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def git_commit() -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shivelight.errors import ShivelightError
-from shivelight.evaluation.statistics import Estimate, bootstrap, median
+from shivelight.measurement.statistics import Estimate, bootstrap, median
 
 
 def synchronize(device: torch.device | str) -> Callable[[], None] | None:

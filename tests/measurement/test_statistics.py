@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from shivelight.errors import DataError
-from shivelight.evaluation.statistics import bootstrap, jackknife_two_samples, median
+from shivelight.measurement.statistics import bootstrap, jackknife_two_samples, median
 
 
 def test_bootstrap_of_a_mean_matches_the_normal_interval():

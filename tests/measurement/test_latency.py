@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from shivelight.errors import ShivelightError
-from shivelight.evaluation.latency import ModuleClock, Timings, interleave, peak_memory_mb, synchronize
+from shivelight.measurement.latency import ModuleClock, Timings, interleave, peak_memory_mb, synchronize
 
 
 def test_methods_take_turns_and_warmup_is_not_counted():
