@@ -177,3 +177,20 @@ def test_a_family_without_a_denoiser_is_named() -> None:
             Denoiser(pipe).encode_captions(["a"], None)
     finally:
         sl.register_backbone(spec)
+
+
+@pytest.mark.parametrize("name", CAPTIONED)
+def test_levels_of_a_few_steps_are_those_that_the_backbone_is_asked_at(name: str) -> None:
+    pipe, asked = captioned(name), []
+    side = {"height": SIDES[name], "width": SIDES[name]}
+    denoiser = denoiser_for(pipe)
+
+    def note(module: Any, args: tuple, call: dict) -> None:
+        asked.append(float(call["timestep"].reshape(-1)[0]))
+
+    handle = pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    levels = denoiser.levels(3, side | {"max_sequence_length": TEXT})
+    handle.remove()
+    assert len(levels) == 3 and list(levels) == sorted(levels, reverse=True)
+    found = denoiser.timesteps(torch.tensor(levels)).float()
+    torch.testing.assert_close(found, torch.tensor(asked), rtol=1e-3, atol=1e-3)

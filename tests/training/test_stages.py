@@ -33,6 +33,10 @@ def test_every_stage_warms_up_by_itself_and_the_last_one_cools_down() -> None:
         {"target": 1.0},
         {"caption_drop": 1.0},
         {"estimator": "magic"},
+        {"levels": (0.5, 0.5)},
+        {"levels": (0.5, 0.8)},
+        {"levels": (1.5, 0.5)},
+        {"levels": (0.5, 0.0)},
         {"budget": "hope"},
     ],
 )

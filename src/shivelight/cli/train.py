@@ -1,5 +1,6 @@
 """`shivelight train`: an adapter for a pipeline, from a folder of captioned images."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -63,6 +64,13 @@ def train(
             help="What gates learn from: the paper's gradient, or what reuse was measured to cost (needs --reuse)."
         ),
     ] = _DEFAULT.gate_signal,
+    sampling_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of a few-step model (turbo, schnell, lightning): train at the noise levels of so many steps alone.",
+        ),
+    ] = None,
     keep_low: Annotated[float, typer.Option(help="Lowest sampled keep ratio.")] = _DEFAULT.keep_low,
     keep_high: Annotated[float, typer.Option(help="Highest sampled keep ratio.")] = _DEFAULT.keep_high,
     gate_target: Annotated[
@@ -137,6 +145,8 @@ def train(
     side = size or denoiser.side()
     options = common.call_options(pipe, pipeline, side, max_sequence_length)
     text = options.get("max_sequence_length", call_default(pipe, "max_sequence_length"))
+    if sampling_steps is not None:
+        config = dataclasses.replace(config, levels=denoiser.levels(sampling_steps, options))
     with accelerator.main_process_first(), common.progress_bar("encoding", len(found)) as advance:
         latents = build_cache(pipe, found, cache or out / "cache", side, text, lambda done, total: advance(), denoiser)
     trainer = Trainer(pipe, routing, config, latents, out, accelerator, denoiser)

@@ -99,17 +99,25 @@ class Draws:
         """Timesteps of a generation, 0 to 1000, one from each of `schedule_points` intervals, drawn anew each time.
 
         On fixed points the policy learns to keep little at just those, which raises the anchor and with it all that is
-        trained at any other timestep (docs/decisions/budget.md).
+        trained at any other timestep (docs/decisions/budget.md). A few-step model is trained at no other.
         """
+        if self.config.levels:
+            return 1000 * torch.tensor(self.config.levels)
         return 1000 * shift_sigmas(stratified_uniform(self.config.schedule_points, generator), self.shift)
 
     def earlier(self, sigma: float, steps: int) -> float:
-        """The noise level some sampling steps before this one; 1 at the earliest."""
+        """The noise level some sampling steps before this one; 1, or the first of a few, at the earliest."""
+        if levels := self.config.levels:
+            place = min(range(len(levels)), key=lambda i: abs(levels[i] - sigma))
+            return levels[max(0, place - steps)]
         plain = sigma / (self.shift - (self.shift - 1.0) * sigma)
         plain = min(plain + steps / self.config.schedule_points, 1.0)
         return float(shift_sigmas(torch.tensor(plain), self.shift))
 
     def _sigmas(self, count: int, generator: torch.Generator) -> Tensor:
+        if self.config.levels:
+            places = stratified_uniform(count, generator) * len(self.config.levels)
+            return torch.tensor(self.config.levels)[places.long()]
         # The end of the path (pure data) is no input that sampling ever sees.
         return shift_sigmas(stratified_uniform(count, generator), self.shift).clamp(min=1e-3)
 

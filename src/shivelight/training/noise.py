@@ -30,6 +30,9 @@ class NoiseProcess(Protocol):
     def timesteps(self, sigmas: Tensor) -> Tensor:
         """The pipeline's timesteps [B], from 0 to 1000, of noise levels [B]."""
 
+    def levels(self, timesteps: Tensor) -> Tensor:
+        """Noise levels [B], float64, of the pipeline's timesteps [B]: the inverse."""
+
 
 @dataclass(frozen=True)
 class FlowMatching:
@@ -48,6 +51,10 @@ class FlowMatching:
     def timesteps(self, sigmas: Tensor) -> Tensor:
         """1000 sigma."""
         return _TIMESTEPS * sigmas
+
+    def levels(self, timesteps: Tensor) -> Tensor:
+        """A thousandth."""
+        return timesteps.double() / _TIMESTEPS
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,10 @@ class Diffusion:
     def timesteps(self, sigmas: Tensor) -> Tensor:
         """Whole numbers below T, as such models were trained on: int64."""
         return (len(self.signal) * sigmas).long().clamp(max=len(self.signal) - 1)
+
+    def levels(self, timesteps: Tensor) -> Tensor:
+        """In the middle of those that are rounded down to a timestep."""
+        return (timesteps.double() + 0.5) / len(self.signal)
 
     def _roots(self, like: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
         signal = self.signal.to(sigmas.device)[self.timesteps(sigmas)]

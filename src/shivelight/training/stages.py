@@ -49,6 +49,8 @@ class TrainingConfig:
         caption_drop: share of samples trained with the empty caption.
         max_grad_norm: gradients are clipped to this norm.
         schedule_points: timesteps, one from each of so many intervals, for which the anchor is solved.
+        levels: noise levels of a few-step model, falling, all that its sampler ever asks for (`Denoiser.levels`): micro-batches
+            are drawn at these alone, and the anchor is solved for them. Empty draws all of the path.
         checkpoint_every: steps between checkpoints.
         preview_every: steps between preview grids; 0 for none.
         seed: of everything that is drawn.
@@ -91,6 +93,7 @@ class TrainingConfig:
     caption_drop: float = 0.1
     max_grad_norm: float = 1.0
     schedule_points: int = 25
+    levels: tuple[float, ...] = ()
     checkpoint_every: int = 200
     preview_every: int = 0
     seed: int = 0
@@ -122,6 +125,11 @@ class TrainingConfig:
         )
         for name in ("rank_batches", "calibration_batches"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; give 0 or more.")
+        falling = all(later < sooner for sooner, later in zip(self.levels, self.levels[1:], strict=False))
+        _require(
+            falling and all(0 < level <= 1 for level in self.levels),
+            f"levels are {self.levels}; give falling noise levels in (0, 1], or none.",
+        )
         _require(0 < self.target < 1, f"target is {self.target}; give a keep ratio in (0, 1).")
         _require(0 <= self.caption_drop < 1, f"caption_drop is {self.caption_drop}; give a share in [0, 1).")
         _require(self.estimator in ("residual", "input"), f"estimator is {self.estimator!r}; residual or input.")

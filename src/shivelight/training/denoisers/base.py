@@ -13,7 +13,7 @@ from torch import Tensor
 from shivelight.adapter import backbone_of
 from shivelight.backbones import find_spec
 from shivelight.errors import DataError, TrainingError
-from shivelight.pipelines import accepted, call_default, native_side, pixels_per_latent
+from shivelight.pipelines import accepted, any_caption, call_default, draw, native_side, pixels_per_latent
 from shivelight.training.noise import noise_process, schedule_shift
 
 Conditions = dict[str, Tensor]
@@ -103,6 +103,18 @@ class Denoiser:
     def shift(self, latents: torch.Size) -> float:
         """Shift of the noise levels that the pipeline's scheduler visits for one sample's latents [...]."""
         return schedule_shift(self.pipe.scheduler, self.tokens(latents))
+
+    def levels(self, steps: int, options: dict[str, Any]) -> tuple[float, ...]:
+        """Noise levels that a generation of so many steps visits, for `TrainingConfig.levels`: one picture is drawn, since
+        pipelines pass their schedulers more than a number.
+
+        Args:
+            steps: sampling steps.
+            options: further arguments of the pipeline's call (`call_options`).
+        """
+        draw(self.pipe, [any_caption(self.pipe)], range(1), steps, 1.0, output_type="latent", **options)
+        found = dict.fromkeys(self.noise.levels(self.pipe.scheduler.timesteps).tolist())  # Heun's method asks twice
+        return tuple(found)
 
     def noisy(self, clean: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
         """The input [B, ...] at noise levels [B]; 0 is data, 1 is noise."""
