@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shivelight.demo.pipeline import PIPELINE
+from shivelight.demo.pipeline import FEW_STEP, PIPELINE
 
 HERE = Path(__file__).parent
 
@@ -21,7 +21,7 @@ def run(script: str, *arguments: str) -> None:
 
 
 def main() -> None:
-    """Data, autoencoder, teacher, adapters."""
+    """Data, autoencoder, teacher, adapters; the teacher distilled to a few steps, and adapters for that."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the full set and 1,024 tokens")
     parser.add_argument("--work", type=Path, default=Path("build"))
@@ -32,6 +32,11 @@ def main() -> None:
     run("train_teacher.py", "--vae", str(args.work / "autoencoder/vae"), "--work", str(args.work / "teacher"), *teacher)
     shutil.copytree(args.work / "teacher/pipeline", PIPELINE, dirs_exist_ok=True)
     run("train_adapters.py", "--work", str(args.work / "adapters"))
+    run("distil_few_steps.py", "--work", str(args.work / "few-step"))
+    few = ["--pipeline", str(args.work / "few-step/pipeline"), "--out", str(FEW_STEP / "adapters")]
+    run("train_adapters.py", *few, "--only", "tokens", "--only", "blocks", "--only", "blocks-refresh")
+    for part in ("transformer", "scheduler"):
+        shutil.copytree(args.work / "few-step/pipeline" / part, FEW_STEP / part, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,13 @@ def known_concepts(pipeline: Path) -> set[str]:
     return {concept.label for concept in EmojiData().concepts}
 
 
+def few_levels(pipeline: Path) -> tuple[float, ...]:
+    """Noise levels at which a distilled teacher is asked, by its teacher.json; of any other none."""
+    record = pipeline / RECORD
+    distilled = json.loads(record.read_text()).get("distilled") if record.exists() else None
+    return () if distilled is None else tuple(distilled["sigmas"][:-1])
+
+
 def initialise(transformer: nn.Module, zeros: tuple[str, ...], top: tuple[str, ...]) -> None:
     """Xavier for matrices, zeros for modulation and output: names that contain one of `zeros` or start with one of `top`."""
     for name, parameter in transformer.named_parameters():

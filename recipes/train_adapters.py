@@ -19,7 +19,7 @@ import checkpoint
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from teachers import concept_of, known_concepts
+from teachers import concept_of, few_levels, known_concepts
 
 import shivelight as sl
 from shivelight.adapter import routed_of
@@ -123,6 +123,11 @@ def main() -> None:
         gate_target=args.gate_target,
         width_target=args.width_target,
     )
+    if levels := few_levels(args.pipeline):
+        # Drawn without guidance, so no caption is ever empty; and what it predicts is no velocity towards the data.
+        config = dataclasses.replace(
+            config, levels=levels, caption_drop=0.0, flow_weight=0.0, schedule_points=len(levels)
+        )
     deltas = DeltaConfig(args.rank, float(args.rank))
     refreshing = BlockRouting(closed="reuse", widths=(1.0,))
     measured = dataclasses.replace(

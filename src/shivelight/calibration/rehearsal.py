@@ -17,6 +17,7 @@ from shivelight.execution.pricing import Load
 from shivelight.execution.reuse import BlockResiduals
 from shivelight.execution.routed import Routed
 from shivelight.execution.stale import StaleGates
+from shivelight.execution.timing import Timing
 
 _STEPS = 50
 
@@ -52,13 +53,24 @@ class Standing(Clock):
 @contextmanager
 def rehearsal(routed: Routed, clock: Standing) -> Iterator[None]:
     """Passes in here leave no trace in the generation that may be under way."""
-    names = ("clock", "residuals", "spending", "budget", "shape", "shape_seen", "load", "enabled", "observer", "forced")
-    held = {name: getattr(routed, name) for name in (*names, "stale", "_settled")}
+    names = (
+        "clock",
+        "residuals",
+        "spending",
+        "budget",
+        "timing",
+        "shape",
+        "shape_seen",
+        "enabled",
+        "observer",
+        "forced",
+    )
+    held = {name: getattr(routed, name) for name in (*names, "stale")}
     gates = routed.gates
     of_gates = None if gates is None else (gates.outputs, gates.cap)
     routed.clock, routed.residuals, routed.observer = clock, routed._new_residuals(), None
     # Any budget that does not run everything goes the whole way.
-    routed.budget = Budget("compute", 0.99)
+    routed.budget, routed.timing = Budget("compute", 0.99), Timing(routed)
     if routed.stale is not None:
         assert routed.config.blocks is not None
         assert routed.config.reuse is not None

@@ -84,8 +84,12 @@ def train(
     lr_policy: Annotated[float, typer.Option(help="Peak learning rate of the policy.")] = _DEFAULT.lr_policy,
     lr_deltas: Annotated[float, typer.Option(help="Peak learning rate of the deltas.")] = _DEFAULT.lr_deltas,
     flow_weight: Annotated[
-        float, typer.Option(help="Weight of the loss to the data beside distillation: flow matching, or noise.")
-    ] = _DEFAULT.flow_weight,
+        float | None,
+        typer.Option(
+            help=f"Weight of the loss to the data beside distillation: flow matching, or noise; {_DEFAULT.flow_weight:g}, and 0 "
+            "with --sampling-steps."
+        ),
+    ] = None,
     guidance: Annotated[
         float | None,
         typer.Option(help="Scale that a guidance-distilled model (FLUX.1-dev) is told; the pipeline's default."),
@@ -116,7 +120,8 @@ def train(
         policy_steps=policy_steps if tokens and ratios == "policy" else 0,
         joint_steps=joint_steps, groups=groups, group_size=group_size, estimator=estimator, budget=budget, target=target,
         keep_low=keep_low, keep_high=keep_high, lr_router=lr_router, lr_gates=lr_gates, lr_policy=lr_policy, lr_deltas=lr_deltas,
-        flow_weight=flow_weight, gate_target=gate_target, width_target=width_target, gate_signal=gate_signal,
+        flow_weight=_DEFAULT.flow_weight if flow_weight is None else flow_weight,
+        gate_target=gate_target, width_target=width_target, gate_signal=gate_signal,
         checkpoint_every=checkpoint_every, preview_every=preview_every, seed=seed,
     )  # fmt: skip
     found = read_folder(images)
@@ -146,7 +151,9 @@ def train(
     options = common.call_options(pipe, pipeline, side, max_sequence_length)
     text = options.get("max_sequence_length", call_default(pipe, "max_sequence_length"))
     if sampling_steps is not None:
-        config = dataclasses.replace(config, levels=denoiser.levels(sampling_steps, options))
+        # Such models are drawn without an empty caption, and predict no velocity towards the data.
+        levels, data = denoiser.levels(sampling_steps, options), flow_weight or 0.0
+        config = dataclasses.replace(config, levels=levels, caption_drop=0.0, flow_weight=data)
     with accelerator.main_process_first(), common.progress_bar("encoding", len(found)) as advance:
         latents = build_cache(pipe, found, cache or out / "cache", side, text, lambda done, total: advance(), denoiser)
     trainer = Trainer(pipe, routing, config, latents, out, accelerator, denoiser)

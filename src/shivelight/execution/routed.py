@@ -19,11 +19,12 @@ from shivelight.execution.folding import Delta, FoldedWeights
 from shivelight.execution.gate_plan import GatePlan
 from shivelight.execution.gates import Decision, Spending
 from shivelight.execution.planning import Budget, Planner, Request
-from shivelight.execution.pricing import Forced, Load, Stopwatch, equivalent
+from shivelight.execution.pricing import Forced, Load
 from shivelight.execution.reuse import BlockResiduals, ResidualCache
 from shivelight.execution.scoring import TokenScorer
 from shivelight.execution.sessions import GateSession, Observer, Session
 from shivelight.execution.stale import StaleGates, StalePlan
+from shivelight.execution.timing import Timing
 from shivelight.routing import RatioPolicy, Schedule, TokenRouter
 
 NAME = "shivelight"
@@ -82,12 +83,9 @@ class Routed(nn.Module):
         self.residuals = self._new_residuals()
         self.shape = spec.default_shape(model)
         self.shape_seen = False
-        # Kinds of all blocks, by where their spec says they are; what the last pass held; where latency tables come from.
+        # Kinds of all blocks, by where their spec says they are.
         self.kinds = tuple(kind.path for kind, _ in blocks)
-        self.load: Load | None = None
-        self.stopwatch: Stopwatch | None = None
-        # A budget of time, what it was settled for, and what it came to.
-        self._settled: tuple[Any, Budget] | None = None
+        self.timing = Timing(self)
         # While blocks are timed: what each of them does, whatever was decided.
         self.forced: Forced | None = None
         self.enabled = True
@@ -159,38 +157,7 @@ class Routed(nn.Module):
     @property
     def in_force(self) -> Budget:
         """The budget of this pass, of tokens or FLOPs: one of time, once it is settled, as what it comes to."""
-        if self._settled is None or not self.budget.timed or self._settled[0] != self._occasion():
-            return self.budget
-        return self._settled[1]
-
-    def _occasion(self) -> Any:
-        """What a budget of time is settled for: once for a generation; for a bare transformer, once for each kind of pass."""
-        tokens = None if self.load is None else self.load.tokens
-        return self.budget, tokens, self.load if self.context.steps is None else self.context.generation
-
-    def _settle(self, load: Load) -> None:
-        """Note what a pass holds; a budget of time is settled at the first one."""
-        self.load = load
-        self.shape, self.shape_seen = (load.tokens, load.text_tokens), True
-        if self.budget.timed and (self._settled is None or self._settled[0] != self._occasion()):
-            settled = self.settled(self.budget, self.context.steps or GRID, load, measure=True)
-            assert settled is not None
-            self._settled = self._occasion(), settled
-
-    def settled(self, budget: Budget, steps: tuple[float, ...], load: Load, measure: bool = False) -> Budget | None:
-        """A budget as one of tokens or FLOPs; None where it is one of time and no table is known, and none is measured."""
-        if not budget.timed:
-            return budget
-        if budget.everything:
-            return Budget("compute", 1.0)
-        table = None if self.stopwatch is None else self.stopwatch(load, measure)
-        if table is None:
-            if measure:
-                raise BudgetError(
-                    f"{budget.kind}= needs the times of this backbone's blocks; call shivelight.set_budget."
-                )
-            return None
-        return equivalent(self, table, budget, steps, load)
+        return self.timing.in_force
 
     @contextmanager
     def switched(self, enabled: bool) -> Iterator[None]:
@@ -301,8 +268,9 @@ class Routed(nn.Module):
         where nothing is known of them, or of the times that the budget is about."""
         budget = budget or self.budget
         if budget.timed:
-            load = None if self.load is None else replace(self.load, tokens=tokens, text_tokens=text_tokens)
-            settled = None if load is None else self.settled(budget, steps, load)
+            load = self.timing.load
+            load = None if load is None else replace(load, tokens=tokens, text_tokens=text_tokens)
+            settled = None if load is None else self.timing.settled(budget, steps, load)
             if settled is None:
                 return None
             budget = settled
@@ -437,7 +405,8 @@ class Routed(nn.Module):
 
     def kept_counts(self, block: int, batch: int, tokens: int, text_tokens: int) -> tuple[int, ...]:
         """How many tokens each sample keeps in this block now: one number where all agree, else one for each sample."""
-        self._settle(Load(tokens, text_tokens, batch, self.context.branch))
+        self.shape, self.shape_seen = (tokens, text_tokens), True
+        self.timing.begin(Load(tokens, text_tokens, batch, self.context.branch))
         if self.in_force.everything or self.config.tokens is None:
             return (tokens,)
         place = block - self.routed[0]

@@ -1,0 +1,145 @@
+"""The front: every method on the embedded pipeline at 4 to 6 operating points, ours and other people's, where a picture takes 25
+steps, 8, or 4 of a model distilled to so many.
+
+    python benchmarks/front.py --use 25      # the embedded pipeline
+    python benchmarks/front.py --use 8       # the same, by people who have cut their steps already
+    python benchmarks/front.py --use 4       # its distilled form (recipes/distil_few_steps.py), without guidance
+
+Writes benchmarks/results/front.json: a call judges one use and replaces its rows; those of the others stay, each use with the
+command, commit and machine it was measured with. Captions are of the test split; nothing was tuned on them. Methods are timed in
+turns, one sample a call; budgets and fewer steps are also taken together (ours at fewer steps than the reference). `at` has, for
+the speed-ups wanted, each method's figures interpolated on its own front at that speed-up.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from family_quality import judge, teacher_of
+
+import shivelight as sl
+from shivelight.adapter_files import read_adapter, read_deltas
+from shivelight.cli import common
+from shivelight.cli.evaluate import describe
+from shivelight.demo import pipeline as embedded
+from shivelight.demo.data import EmojiData
+from shivelight.errors import BudgetError
+from shivelight.evaluation.comparison import Comparison, OperatingPoint, Setting, point_key
+from shivelight.evaluation.pareto import Point, front, quality_at
+from shivelight.evaluation.peers import PEERS, peer_points
+from shivelight.evaluation.results import new_results, read_results, write_results
+from shivelight.evaluation.standard import adapter_points, training_free_points
+
+OUT = Path("benchmarks/results/front.json")
+WANTED = (1.2, 1.5, 2.0, 3.0)
+# Metrics that are interpolated, and whether more is better.
+METRICS = {"psnr_to_dense": True, "kid": False, "agreement": True}
+# Steps with which our budgets are taken together.
+FEWER = {25: (16, 10), 8: (6,), 4: (3,)}
+
+
+def ours(comparison: Comparison, adapters: Sequence[Path], computes: Sequence[float]) -> list[OperatingPoint]:
+    """Routing without training and adapters at each budget, those that can serve it; at fewer steps too."""
+    loaded = [read_adapter(comparison.pipe, folder) for folder in adapters]
+    points = []
+    for compute in computes:
+        points += training_free_points(comparison, compute=compute)[0]
+        for adapter in loaded:
+            points += adapter_points(comparison, adapter, ablations=False, compute=compute)
+    steps = comparison.setting.steps
+    # What rests together is cheapest, so it is what people would combine.
+    both = [replace(p, steps=fewer) for fewer in FEWER[steps] for p in points if p.method == "training-free-blocks"]
+    return [point for point in (*points, *both) if served(comparison, point)]
+
+
+def served(comparison: Comparison, point: OperatingPoint) -> bool:
+    """Whether the budget can be kept: the first steps of few run whole."""
+    try:
+        comparison.planned(point)
+    except BudgetError as error:
+        print(f"left out: {point.name}: {error}")
+        return False
+    return True
+
+
+def at_speedups(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """{speed-up: {method: {metric: value}}}, linear in latency on the method's own front; nothing beyond what was measured."""
+    dense = rows[0]["latency_ms"]["median"]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for metric, more in METRICS.items():
+        curves: dict[str, list[Point]] = {}
+        for row in rows[1:]:
+            if metric in row:
+                curves.setdefault(row["method"], []).append(Point(row["method"], dense / row["speedup"], row[metric]))
+        for wanted in WANTED:
+            for method, points in curves.items():
+                value = quality_at(front(points, more), dense / wanted)
+                if value is not None:
+                    found.setdefault(f"{wanted:g}", {}).setdefault(method, {})[metric] = value
+    return found
+
+
+def save(path: Path, use: int, measured: dict[str, Any], rows: Sequence[dict[str, Any]], device: str) -> None:
+    """Put the rows of a use in the place of its former ones."""
+    before = read_results(path) if path.exists() else {"rows": [], "uses": {}}
+    results = new_results(
+        device=device, split="test", feature_network="efflite0", backbone={"class": "the embedded pipelines"}
+    )
+    results["uses"] = before["uses"] | {str(use): measured}
+    results["rows"] = [row for row in before["rows"] if row["use"] != use] + [row | {"use": use} for row in rows]
+    write_results(path, results)
+
+
+def main() -> None:
+    """Judge one use; write its rows beside those of the others."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--use", type=int, choices=sorted(FEWER), required=True, help="steps of the dense reference")
+    parser.add_argument("--compute", type=float, nargs="+", default=[0.8, 0.7, 0.6, 0.5, 0.35])
+    parser.add_argument("--count", type=int, default=40, help="captions")
+    parser.add_argument("--peers", nargs="*", default=[name for name in PEERS if name != "dydit"])
+    parser.add_argument("--adapter", type=Path, action="append", help="folder; those that are shipped by default")
+    parser.add_argument("--rounds", type=int, default=5, help="timed")
+    parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--device", default=common.DEFAULT_DEVICE)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    common.quiet_libraries()
+    if torch.device(args.device).type == "cpu":
+        common.keep_freed_memory()
+    few = args.use == embedded.FEW_STEPS
+    load = embedded.load_few_step if few else embedded.load_pipeline
+    pipe = load(args.device, getattr(torch, args.dtype))
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks"))
+    options = teacher_of(None)["options"]
+    comparison = Comparison(pipe, Setting(args.use, 1.0 if few else embedded.GUIDANCE, 0, args.batch, options))
+    folder = embedded.FEW_STEP / "adapters" if few else embedded.ADAPTER.parent
+    tuned = folder / embedded.FINETUNED.name
+    shipped = sorted(path for path in folder.iterdir() if path != tuned) if folder.is_dir() else []
+    points = [comparison.dense()]
+    if tuned.is_dir():
+        points.append(comparison.finetuned(read_deltas(pipe, tuned)))
+    points += ours(comparison, args.adapter or shipped, args.compute)
+    others, reasons = peer_points(comparison, args.peers)
+    points = list({point_key(point): point for point in (*points, *others)}.values())
+    for reason in reasons:
+        print("left out:", reason)
+    data = EmojiData()
+    chosen = data.captions("test")[: args.count]
+    print(f"{args.use} steps: {len(points)} points, {len(chosen)} captions", flush=True)
+    frame = new_results(device=args.device)
+    measured = {name: frame[name] for name in ("command", "commit", "machine")}
+    measured |= {"backbone": describe(pipe), "captions": len(chosen), "left_out": reasons}
+    rows: list[dict[str, Any]] = []
+    shown = ("planned_ratio", "speedup", "psnr_to_dense", "kid", "kid_to_dense", "agreement")
+    for point, row in zip(points, judge(comparison, points, data, chosen, args.rounds), strict=True):
+        rows.append(row)
+        print(point.name, {name: round(row[name], 4) for name in shown if name in row}, flush=True)
+        save(args.out, args.use, measured | {"at": at_speedups(rows)}, rows, args.device)
+
+
+if __name__ == "__main__":
+    main()
