@@ -5,13 +5,14 @@ steps, 8, or 4 of a model distilled to so many.
     python benchmarks/front.py --use 8       # the same, by people who have cut their steps already
     python benchmarks/front.py --use 4       # its distilled form (recipes/distil_few_steps.py), without guidance
 
-Writes benchmarks/results/front.json: a call judges one use and replaces its rows; those of the others stay, each use with the
-command, commit and machine it was measured with. Captions are of the test split; nothing was tuned on them. Methods are timed in
-turns, one sample a call; budgets and fewer steps are also taken together (ours at fewer steps than the reference). `at` has, for
-the speed-ups wanted, each method's figures interpolated on its own front at that speed-up.
+Writes benchmarks/results/front-25.json (-8, -4) and docs/images/front-25.png; `--plot` draws the latter anew. Captions are of the
+test split; nothing was tuned on them. Methods are timed in turns, one sample a call; budgets and fewer steps are also taken
+together (ours at fewer steps than the reference). `at` has, for the speed-ups wanted, each method's figures interpolated on its
+own front at that speed-up.
 """
 
 import argparse
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from family_quality import judge, teacher_of
+from PIL import Image
 
 import shivelight as sl
 from shivelight.adapter_files import read_adapter, read_deltas
@@ -32,8 +34,12 @@ from shivelight.evaluation.pareto import Point, front, quality_at
 from shivelight.evaluation.peers import PEERS, peer_points
 from shivelight.evaluation.results import new_results, read_results, write_results
 from shivelight.evaluation.standard import adapter_points, training_free_points
+from shivelight.files import replacing
+from shivelight.report.plots import quality_latency
+from shivelight.report.tables import quality_metrics
 
-OUT = Path("benchmarks/results/front.json")
+OUT = Path("benchmarks/results")
+IMAGES = Path("docs/images")
 WANTED = (1.2, 1.5, 2.0, 3.0)
 # Metrics that are interpolated, and whether more is better.
 METRICS = {"psnr_to_dense": True, "kid": False, "agreement": True}
@@ -82,19 +88,26 @@ def at_speedups(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str,
     return found
 
 
-def save(path: Path, use: int, measured: dict[str, Any], rows: Sequence[dict[str, Any]], device: str) -> None:
-    """Put the rows of a use in the place of its former ones."""
-    before = read_results(path) if path.exists() else {"rows": [], "uses": {}}
-    results = new_results(
-        device=device, split="test", feature_network="efflite0", backbone={"class": "the embedded pipelines"}
-    )
-    results["uses"] = before["uses"] | {str(use): measured}
-    results["rows"] = [row for row in before["rows"] if row["use"] != use] + [row | {"use": use} for row in rows]
-    write_results(path, results)
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Fidelity and distance to the data against latency, side by side in one picture."""
+    figures = [quality_latency(results, metric) for metric in quality_metrics(results) if metric.key in METRICS]
+    pictures = []
+    for figure in figures:
+        if figure is not None:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, dpi=110)
+            pictures.append(Image.open(buffer))
+    sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        sheet.paste(picture, (left, 0))
+        left += picture.width
+    with replacing(path) as unfinished:
+        sheet.save(unfinished, format="PNG")
 
 
 def main() -> None:
-    """Judge one use; write its rows beside those of the others."""
+    """Judge one use."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--use", type=int, choices=sorted(FEWER), required=True, help="steps of the dense reference")
     parser.add_argument("--compute", type=float, nargs="+", default=[0.8, 0.7, 0.6, 0.5, 0.35])
@@ -105,8 +118,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default=common.DEFAULT_DEVICE)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")
+    parser.add_argument("--plot", action="store_true", help="draw the picture of results that are there")
     args = parser.parse_args()
+    out = args.out / f"front-{args.use}.json"
+    if args.plot:
+        draw(read_results(out), IMAGES / f"front-{args.use}.png")
+        return
     common.quiet_libraries()
     if torch.device(args.device).type == "cpu":
         common.keep_freed_memory()
@@ -130,15 +148,15 @@ def main() -> None:
     data = EmojiData()
     chosen = data.captions("test")[: args.count]
     print(f"{args.use} steps: {len(points)} points, {len(chosen)} captions", flush=True)
-    frame = new_results(device=args.device)
-    measured = {name: frame[name] for name in ("command", "commit", "machine")}
-    measured |= {"backbone": describe(pipe), "captions": len(chosen), "left_out": reasons}
-    rows: list[dict[str, Any]] = []
+    results = new_results(
+        device=args.device, split="test", feature_network="efflite0", backbone=describe(pipe), left_out=reasons
+    )
     shown = ("planned_ratio", "speedup", "psnr_to_dense", "kid", "kid_to_dense", "agreement")
     for point, row in zip(points, judge(comparison, points, data, chosen, args.rounds), strict=True):
-        rows.append(row)
+        results["rows"].append(row)
         print(point.name, {name: round(row[name], 4) for name in shown if name in row}, flush=True)
-        save(args.out, args.use, measured | {"at": at_speedups(rows)}, rows, args.device)
+        write_results(out, results | {"at": at_speedups(results["rows"])})
+    draw(results, IMAGES / f"front-{args.use}.png")
 
 
 if __name__ == "__main__":

@@ -67,9 +67,14 @@ WITH_INTERVALS = (
 )  # fmt: skip
 
 
-def table(path: Path) -> str:
-    """Markdown of every row and every column that was measured, with 95% intervals of the figures that decide."""
+def table(source: str) -> str:
+    """Markdown of every row and every column that was measured, with 95% intervals of the figures that decide; of a front's file
+    with #at behind it, what stands at the speed-ups wanted."""
+    name, _, part = source.partition("#")
+    path = ROOT / name
     results = read_results(path)
+    if part == "at":
+        return fronts(path, results)
     rows = results["rows"]
     if rows and "tests" in rows[0]:
         return matrix(path, results)
@@ -115,6 +120,23 @@ def table(path: Path) -> str:
     commands = [family["command"] for family in results.get("families", {}).values()] or [results["command"]]
     source = f"Source: `{path.relative_to(ROOT)}`, written by {', '.join(f'`{command}`' for command in commands)}."
     return "\n".join(lines) + f"\n\n{'; '.join(part for part in said if part)}. {source}"
+
+
+def fronts(path: Path, results: dict[str, Any]) -> str:
+    """Markdown of a front at the speed-ups wanted: a row for each method that reaches one, the nearest to dense first."""
+    metrics = {"psnr_to_dense": ("PSNR dB", "{:.1f}", 1), "kid": ("KID x1000", "{:.1f}", 1000)}
+    metrics |= {"agreement": ("caption agreement", "{:.1f}", 1)}
+    known = [name for name in metrics if any(name in row for row in results["rows"])]
+    heads = ["speed-up", "method", *(metrics[name][0] for name in known)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for speedup, methods in results["at"].items():
+        ranked = sorted(methods.items(), key=lambda item: -item[1].get("psnr_to_dense", 0.0))
+        for method, figures in ranked:
+            cells = [
+                metrics[name][1].format(metrics[name][2] * figures[name]) if name in figures else "" for name in known
+            ]
+            lines.append(f"| {speedup}x | {' | '.join([method, *cells])} |")
+    return "\n".join(lines) + f"\n\nInterpolated on each method's own front. Source: `{path.relative_to(ROOT)}`."
 
 
 def matrix(path: Path, results: dict[str, Any]) -> str:
@@ -181,7 +203,7 @@ def main() -> None:
     args = parser.parse_args()
     for name in PAGES:
         page = ROOT / name
-        filled = MARKED.sub(lambda match: f"{match[1]}{table(ROOT / match[2])}\n{match[3]}", page.read_text())
+        filled = MARKED.sub(lambda match: f"{match[1]}{table(match[2])}\n{match[3]}", page.read_text())
         with replacing(page) as unfinished:
             unfinished.write_text(filled)
     if args.grid:
