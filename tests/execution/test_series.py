@@ -81,4 +81,48 @@ def test_what_was_taken_out_is_put_back() -> None:
     assert series.last.abs().sum() == 0 and (series.at == NEVER).all()  # copies
     series.put(samples, part)
     assert series.at.tolist() == [[2, 2], [NEVER, NEVER], [2, 2]]
+    assert series.stale(3, 1).tolist() == [[False, False], [True, True], [False, False]]
     assert series.expected(3)[0, 0, 0] == 2.75 and series.expected(3)[1].abs().sum() == 0
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 1000), st.floats(1.0, 12.0), st.lists(st.integers(1, 4), max_size=4), st.booleans(), st.booleans()
+)
+def test_rows_that_agree_are_told_what_each_would_be(
+    seed: int, horizon: float, waits: list[int], half: bool, apart: bool
+) -> None:
+    """One number for all rows says what their own numbers say, after any run of some of them."""
+    generator = torch.Generator().manual_seed(seed)
+    series, step = Series(torch.zeros(2, 4, 3), horizon), 0
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    if half:
+        series.update(draw(2, 2, 3), step, torch.tensor([[0, 2], [1, 3]]))
+    if apart:
+        part = series.take(torch.tensor([1]))
+        part.update(draw(1, 4, 3), step)
+        series.put(torch.tensor([1]), part)
+    for wait in waits:
+        step += wait
+        series.update(draw(2, 4, 3), step)
+    own = series.take(torch.tensor([0, 1]))
+    own._when = None, None
+    for now in (step, step + 1, step + 5):
+        torch.testing.assert_close(series.expected(now), own.expected(now), atol=1e-5, rtol=1e-5)
+        for most in (0, 3):
+            told, each = series.stale(now, most), own.stale(now, most)
+            assert isinstance(each, torch.Tensor)
+            assert bool((each == told).all()), (told, each)
+    assert isinstance(series.stale(step, 1), bool) == (bool(waits) or not (half or apart))
+
+
+def test_a_forecast_of_rows_that_agree_is_one_operation() -> None:
+    series = Series(torch.zeros(2, 4, 3), 8.0)
+    for step in (0, 2):
+        series.update(torch.randn(2, 4, 3), step)
+    with torch.profiler.profile() as profile:
+        series.expected(3)
+    assert [event.key for event in profile.key_averages()] == ["aten::lerp"]

@@ -97,8 +97,10 @@ class BlockResiduals:
         return moved, text if text is None or self.text is None else text + self.text.expected(step)
 
     def _moved(self, x: Tensor, step: int, max_age: int) -> Tensor:
-        stale = (step - self.image.at > max_age)[..., None]
-        return torch.where(stale, x, x + self.image.expected(step))
+        stale = self.image.stale(step, max_age)
+        if isinstance(stale, bool):
+            return x if stale else x + self.image.expected(step)
+        return torch.where(stale[..., None], x, x + self.image.expected(step))
 
     def stand_in(self, x: Tensor, text: Tensor | None, step: int, max_age: int) -> tuple[Tensor, Tensor | None]:
         """What blocks that are left out are expected to make, in the place of x and the text, where whole outputs were kept;
@@ -110,7 +112,11 @@ class BlockResiduals:
 
     @staticmethod
     def _instead(series: Series, x: Tensor, step: int, max_age: int) -> Tensor:
-        return torch.where((step - series.at > max_age)[..., None], x, series.expected(step))
+        stale = series.stale(step, max_age)
+        if isinstance(stale, bool):
+            # A copy: what comes after the block may write into it.
+            return x if stale else series.expected(step).clone() if series.before is None else series.expected(step)
+        return torch.where(stale[..., None], x, series.expected(step))
 
     def update_text(self, text: Tensor | None, out: Tensor | None, step: int) -> None:
         """Take in what a block has added to the text tokens [B, M, D]; `out` is None in a block that is the text's last."""

@@ -29,6 +29,8 @@ class Series:
         self.at = torch.full(like.shape[:2], NEVER, dtype=torch.int32, device=like.device)
         self.before = torch.zeros_like(like) if horizon else None
         self.at_before = self.at.clone() if horizon else None
+        # at and at_before on the host, each while all rows agree: then a forecast is one operation, with a number for its weight.
+        self._when: tuple[int | None, int | None] = (NEVER, NEVER)
 
     @property
     def bytes(self) -> int:
@@ -46,10 +48,13 @@ class Series:
         part.horizon, part.last, part.at = self.horizon, self.last[samples], self.at[samples]
         part.before = None if self.before is None else self.before[samples]
         part.at_before = None if self.at_before is None else self.at_before[samples]
+        part._when = self._when
         return part
 
     def put(self, samples: Tensor, part: "Series") -> None:
         """Write back what `take` gave out."""
+        at, before = (own if own == theirs else None for own, theirs in zip(self._when, part._when, strict=True))
+        self._when = at, before
         for whole, own in (
             (self.last, part.last),
             (self.at, part.at),
@@ -66,18 +71,30 @@ class Series:
             if self.before is not None:
                 self.before, self.at_before = self.last, self.at
             self.last, self.at = value, torch.full_like(self.at, step)
+            self._when = step, self._when[0]
             return
+        self._when = None, None
         if self.before is not None and self.at_before is not None:
             write_rows(self.before, indices, gather_tokens(self.last, indices))
             self.at_before.scatter_(1, indices, self.at.gather(1, indices))
         write_rows(self.last, indices, value)
         self.at.scatter_(1, indices, step)
 
+    def stale(self, step: int, most: int) -> bool | Tensor:
+        """Whether a row was computed more than `most` steps ago: one answer where all rows agree, else [B, R]."""
+        at = self._when[0]
+        return step - (self.at if at is None else at) > most
+
     def expected(self, step: int) -> Tensor:
-        """What every row is taken to be at a step [B, R, D]."""
+        """What every row is taken to be at a step [B, R, D]; may be the series' own memory, so do not write into it."""
         if self.before is None or self.at_before is None:
             return self.last
-        interval = (self.at - self.at_before).clamp(min=1)
+        at, before = self._when
+        if at is not None and before is not None:
+            interval = max(1, at - before)
+            ahead = max(0.0, 1 - interval / self.horizon) * min(1.0, (step - at) / interval)
+            return torch.lerp(self.before, self.last, 1 + ahead)
+        between = (self.at - self.at_before).clamp(min=1)
         # What was computed once alone has not changed yet: its interval is beyond every horizon.
-        ahead = (1 - interval / self.horizon).clamp(min=0) * ((step - self.at) / interval).clamp(max=1)
-        return torch.lerp(self.before, self.last, (1 + ahead)[..., None].to(self.last.dtype))
+        share = (1 - between / self.horizon).clamp(min=0) * ((step - self.at) / between).clamp(max=1)
+        return torch.lerp(self.before, self.last, (1 + share)[..., None].to(self.last.dtype))
