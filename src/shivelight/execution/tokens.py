@@ -29,6 +29,8 @@ def write_rows(x: Tensor, indices: Tensor, updated: Tensor) -> None:
 def _rows(x: Tensor, indices: Tensor) -> Tensor:
     """Row numbers [B * k] of `indices` [B, k] in x [B, N, ...] with its first two dimensions flattened."""
     batch, tokens = x.shape[:2]
+    if batch == 1:  # three operators less for each gather and write-back
+        return indices.flatten()
     return (indices + tokens * torch.arange(batch, device=x.device)[:, None]).flatten()
 
 
