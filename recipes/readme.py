@@ -58,6 +58,10 @@ COLUMNS = {
     "time over dense fine-tuning's": ("ratio", "{:.2f}", 1),
     "predicted": ("predicted", "{:.2f}", 1),
     "held (1: within 3% or the spread)": ("held", "{:.0f}", 1),
+    "operators of a step": ("operators", "{:.0f}", 1),
+    "before": ("operators_before", "{:.0f}", 1),
+    "of the cheapest step": ("cheapest", "{:.0f}", 1),
+    "that before": ("cheapest_before", "{:.0f}", 1),
     "graphs": ("graphs", "{:d}", 1),
     "compiling, s": ("compile_seconds", "{:.0f}", 1),
 }
