@@ -13,6 +13,7 @@ from shivelight.adapter_files import read_deltas
 from shivelight.demo import pipeline as embedded
 from shivelight.demo.data import EmojiData
 from shivelight.demo.export import export_images
+from shivelight.evaluation.fidelity import psnr
 from shivelight.training.data import read_folder
 
 
@@ -36,9 +37,29 @@ def test_it_is_stable_diffusion_3_with_everything_that_routing_must_face(shipped
     assert (config.sample_size // config.patch_size) ** 2 == 256 and config.num_layers == 8
 
 
+def test_the_distilled_pipeline_draws_in_four_steps_what_its_teacher_draws_in_many(shipped) -> None:  # noqa: ANN001
+    few = embedded.load_few_step()
+    assert few.transformer.config == shipped.transformer.config
+
+    def pictures(pipe, steps: int, guidance: float) -> torch.Tensor:  # noqa: ANN001
+        captions = [str(caption) for caption in EmojiData().captions("validation")[:3]]
+        seeds = [torch.Generator().manual_seed(i) for i in range(3)]
+        return pipe(
+            captions, num_inference_steps=steps, guidance_scale=guidance, generator=seeds, output_type="pt",
+            max_sequence_length=embedded.TEXT_TOKENS,
+        ).images  # fmt: skip
+
+    wanted = pictures(shipped, 16, embedded.GUIDANCE)
+    drawn = pictures(few, embedded.FEW_STEPS, 1.0)
+    # Its last step starts well above the data, where the plain schedule of four steps ends in one that does nothing.
+    assert few.scheduler.sigmas[-2] == pytest.approx(0.4, abs=1e-3)
+    plain = pictures(shipped, embedded.FEW_STEPS, 1.0)
+    assert psnr(drawn, wanted).mean() > psnr(plain, wanted).mean() + 3
+
+
 def test_all_embedded_weights_together_stay_small() -> None:
     files = [p for p in Path(embedded.FOLDER).rglob("*.safetensors")]
-    assert 0 < sum(p.stat().st_size for p in files) <= 32_000_000
+    assert 0 < sum(p.stat().st_size for p in files) <= 56_000_000  # two transformers of 22 MB
     assert not [p for p in Path(embedded.FOLDER).rglob("*") if p.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
 
 

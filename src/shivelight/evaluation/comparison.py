@@ -267,11 +267,12 @@ class Comparison:
         if not point.budget:
             return point.steps / self.setting.steps
         if not self.routed.shape_seen:
-            # The length of the text is known once a step has run; a single one can keep no budget.
+            # The length of the text is known once a step has run; so few can keep no budget. Not one: a scheduler that stretches
+            # its noise levels to a last one (shift_terminal) divides by zero then.
             budget, self.routed.budget = self.routed.budget, Budget("keep", 1.0)
             try:
                 with self.routed.switched(True):
-                    self.call([self.any], 1)
+                    self.call([self.any], 2)
             finally:
                 self.routed.budget = budget
         if point.plan is not None:
