@@ -21,7 +21,7 @@ def run(script: str, *arguments: str) -> None:
 
 
 def main() -> None:
-    """Data, autoencoder, teacher, adapters."""
+    """Data, autoencoder, teacher, adapters, and the scorer that judges captions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the full set and 1,024 tokens")
     parser.add_argument("--work", type=Path, default=Path("build"))
@@ -32,6 +32,7 @@ def main() -> None:
     run("train_teacher.py", "--vae", str(args.work / "autoencoder/vae"), "--work", str(args.work / "teacher"), *teacher)
     shutil.copytree(args.work / "teacher/pipeline", PIPELINE, dirs_exist_ok=True)
     run("train_adapters.py", "--work", str(args.work / "adapters"))
+    run("train_scorer.py", "--work", str(args.work / "scorer"))
 
 
 if __name__ == "__main__":

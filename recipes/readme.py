@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md",
     "docs/results.md",
+    "docs/measure.md",
     "docs/families.md",
     "docs/speed.md",
     "docs/decisions/training-free.md",
@@ -47,6 +48,10 @@ COLUMNS = {
     "KID x1000": ("kid", "{:.1f}", 1000),
     "KID less fine-tuned's, x1000": ("kid_to_finetuned", "{:+.1f}", 1000),
     "KID less dense's, x1000": ("kid_to_dense", "{:+.1f}", 1000),
+    "agreement": ("caption_agreement", "{:.1f}", 1),
+    "agreement less dense's": ("agreement_to_dense", "{:+.1f}", 1),
+    "named, %": ("named", "{:.1f}", 100),
+    "placed, %": ("placed", "{:.1f}", 100),
     "IoU to dense": ("iou_to_dense", "{:.3f}", 1),
     "Chamfer to dense": ("chamfer_to_dense", "{:.4f}", 1),
     "IoU to the shape": ("iou_to_truth", "{:.3f}", 1),
@@ -63,7 +68,8 @@ COLUMNS = {
 }
 
 WITH_INTERVALS = (
-    "speedup", "ratio", "psnr_to_dense", "psnr_to_fine", "kid", "kid_to_finetuned", "kid_to_dense", "iou_to_dense", "iou_to_truth",
+    "speedup", "ratio", "psnr_to_dense", "psnr_to_fine", "kid", "kid_to_finetuned", "kid_to_dense", "agreement_to_dense",
+    "named", "placed", "iou_to_dense", "iou_to_truth",
 )  # fmt: skip
 
 
