@@ -42,7 +42,7 @@ OUT = Path("benchmarks/results")
 IMAGES = Path("docs/images")
 WANTED = (1.2, 1.5, 2.0, 3.0)
 # Metrics that are interpolated, and whether more is better.
-METRICS = {"psnr_to_dense": True, "kid": False, "agreement": True}
+METRICS = {"psnr_to_dense": True, "kid": False, "caption_agreement": True}
 # Steps with which our budgets are taken together.
 FEWER = {25: (16, 10), 8: (6,), 4: (3,)}
 
@@ -151,7 +151,7 @@ def main() -> None:
     results = new_results(
         device=args.device, split="test", feature_network="efflite0", backbone=describe(pipe), left_out=reasons
     )
-    shown = ("planned_ratio", "speedup", "psnr_to_dense", "kid", "kid_to_dense", "agreement")
+    shown = ("planned_ratio", "speedup", "psnr_to_dense", "kid", "kid_to_dense", "caption_agreement", "named")
     for point, row in zip(points, judge(comparison, points, data, chosen, args.rounds), strict=True):
         results["rows"].append(row)
         print(point.name, {name: round(row[name], 4) for name in shown if name in row}, flush=True)

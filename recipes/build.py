@@ -21,7 +21,7 @@ def run(script: str, *arguments: str) -> None:
 
 
 def main() -> None:
-    """Data, autoencoder, teacher, adapters; the teacher distilled to a few steps, and adapters for that."""
+    """Data, autoencoder, teacher, adapters; the teacher distilled to a few steps, adapters for that; the scorer of captions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the full set and 1,024 tokens")
     parser.add_argument("--work", type=Path, default=Path("build"))
@@ -37,6 +37,7 @@ def main() -> None:
     run("train_adapters.py", *few, "--only", "tokens", "--only", "blocks", "--only", "blocks-refresh")
     for part in ("transformer", "scheduler"):
         shutil.copytree(args.work / "few-step/pipeline" / part, FEW_STEP / part, dirs_exist_ok=True)
+    run("train_scorer.py", "--work", str(args.work / "scorer"))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md",
     "docs/results.md",
+    "docs/measure.md",
     "docs/families.md",
     "docs/speed.md",
     "docs/decisions/training-free.md",
@@ -47,6 +48,10 @@ COLUMNS = {
     "KID x1000": ("kid", "{:.1f}", 1000),
     "KID less fine-tuned's, x1000": ("kid_to_finetuned", "{:+.1f}", 1000),
     "KID less dense's, x1000": ("kid_to_dense", "{:+.1f}", 1000),
+    "agreement": ("caption_agreement", "{:.1f}", 1),
+    "agreement less dense's": ("agreement_to_dense", "{:+.1f}", 1),
+    "named, %": ("named", "{:.1f}", 100),
+    "placed, %": ("placed", "{:.1f}", 100),
     "IoU to dense": ("iou_to_dense", "{:.3f}", 1),
     "Chamfer to dense": ("chamfer_to_dense", "{:.4f}", 1),
     "IoU to the shape": ("iou_to_truth", "{:.3f}", 1),
@@ -67,7 +72,8 @@ COLUMNS = {
 }
 
 WITH_INTERVALS = (
-    "speedup", "ratio", "psnr_to_dense", "psnr_to_fine", "kid", "kid_to_finetuned", "kid_to_dense", "iou_to_dense", "iou_to_truth",
+    "speedup", "ratio", "psnr_to_dense", "psnr_to_fine", "kid", "kid_to_finetuned", "kid_to_dense", "agreement_to_dense",
+    "named", "placed", "iou_to_dense", "iou_to_truth",
 )  # fmt: skip
 
 
@@ -129,7 +135,7 @@ def table(source: str) -> str:
 def fronts(path: Path, results: dict[str, Any]) -> str:
     """Markdown of a front at the speed-ups wanted: a row for each method that reaches one, the nearest to dense first."""
     metrics = {"psnr_to_dense": ("PSNR dB", "{:.1f}", 1), "kid": ("KID x1000", "{:.1f}", 1000)}
-    metrics |= {"agreement": ("caption agreement", "{:.1f}", 1)}
+    metrics |= {"caption_agreement": ("agreement", "{:.1f}", 1)}
     known = [name for name in metrics if any(name in row for row in results["rows"])]
     heads = ["speed-up", "method", *(metrics[name][0] for name in known)]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]

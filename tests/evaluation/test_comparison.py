@@ -143,6 +143,16 @@ def test_rows_hold_what_was_measured_and_nothing_else(comparison: Comparison) ->
     assert tokens["efficiency"] == pytest.approx(tokens["speedup"] * tokens["planned_ratio"])
     assert fewer["method"] == "fewer-steps" and fewer["steps"] == 2
     assert "kid" not in tokens and "peak_memory_mb" not in tokens
+    assert "caption_agreement" not in dense and "agreement_to_dense" not in tokens
+
+
+def test_rows_of_embedded_captions_have_their_agreement(comparison: Comparison) -> None:
+    points, captions = [comparison.dense(), comparison.tokens(0.5)], ["tulip on white", "rose on blue dots"]
+    pictures = {p.name: comparison.pictures(p, captions) for p in points}
+    dense, tokens = comparison.rows(points, comparison.time(points, 1), pictures, captions=captions)
+    assert {"caption_agreement", "named"} <= dense.keys() and "agreement_to_dense" not in dense
+    assert tokens["agreement_to_dense"] == pytest.approx(tokens["caption_agreement"] - dense["caption_agreement"])
+    assert {"caption_agreement", "agreement_to_dense", "named", "named_to_dense"} <= tokens["ci95"].keys()
 
 
 def test_fewer_steps_stand_in_every_comparison(comparison: Comparison) -> None:

@@ -40,6 +40,21 @@ def test_distances_are_named_after_their_network(results):
     assert quality_metrics(results | {"feature_network": "Inception"})[1].title == "KID-Inception x1000"
 
 
+def test_agreement_has_its_columns_where_it_was_measured(results):
+    results["rows"][1] |= {"caption_agreement": 71.26, "named": 0.96875}
+    results["rows"][3] |= {
+        "caption_agreement": 60.0,
+        "agreement_to_dense": -11.26,
+        "ci95": {"agreement_to_dense": [-14.0, -9.0]},
+    }
+    method = results["rows"][3]["method"] + str(results["rows"][3]["budget"].get("keep", ""))
+    table = results_table(results)
+    assert column(table, "Caption agreement")["dense"].text == "71.3"
+    assert column(table, "Concept named")["dense"].text == "96.9"
+    cell = column(table, "Caption agreement less dense's")[method]
+    assert (cell.text, cell.spread) == ("-11.3", "[-14.0, -9.0]")
+
+
 def test_equal_latency_interpolates_fewer_steps_and_says_who_is_ahead(results):
     found = {(item.row["budget"]["keep"], item.metric.key): item for item in equal_latency(results)}
     at_06 = found[0.6, "psnr_to_dense"]

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -138,37 +139,41 @@ def say(text: str) -> None:
     console.print(text, markup=False, highlight=False)
 
 
+# Head, figure of a row, digits, suffix and scale.
+FIGURES = (
+    ("planned", "planned_ratio", 3, "", 1.0),
+    ("speed-up", "speedup", 2, "x", 1.0),
+    ("end to end", "speedup_end_to_end", 2, "x", 1.0),
+    ("efficiency", "efficiency", 2, "", 1.0),
+    ("PSNR", "psnr_to_dense", 1, "", 1.0),
+    ("SSIM", "ssim_to_dense", 3, "", 1.0),
+    ("KID x1000", "kid", 1, "", 1000.0),
+    ("- tuned", "kid_to_finetuned", 1, "", 1000.0),
+    ("FD", "fd", 1, "", 1.0),
+    ("agree", "caption_agreement", 1, "", 1.0),
+    ("- dense", "agreement_to_dense", 1, "", 1.0),
+    ("named", "named", 0, "%", 100.0),
+)
+
+
 def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
-    """The table that people read; the JSON has more."""
+    """The table that people read, of the figures that some row has; the JSON has more."""
     table = Table(title=title, title_justify="left")
-    heads = (
-        "method",
-        "budget",
-        "steps",
-        "planned",
-        "speed-up",
-        "end to end",
-        "efficiency",
-        "PSNR",
-        "SSIM",
-        "KID x1000",
-        "- tuned",
-        "FD",
-    )
-    for head in heads:
-        table.add_column(head, justify="left" if head in ("method", "budget") else "right", no_wrap=True)
+    figures = [figure for figure in FIGURES if any(figure[1] in row for row in rows)]
+    for head in ("method", "budget"):
+        table.add_column(head, no_wrap=True)
+    for head in ("steps", *(figure[0] for figure in figures)):
+        table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         budget = ", ".join(f"{key} {value:g}" for key, value in row["budget"].items())
-        table.add_row(
-            row["method"], budget, str(row["steps"]), _cell(row, "planned_ratio", 3), _cell(row, "speedup", 2, "x"),
-            _cell(row, "speedup_end_to_end", 2, "x"), _cell(row, "efficiency", 2), _cell(row, "psnr_to_dense", 1),
-            _cell(row, "ssim_to_dense", 3), _cell(row, "kid", 1, scale=1000), _cell(row, "kid_to_finetuned", 1, scale=1000),
-            _cell(row, "fd", 1),
-        )  # fmt: skip
-    Console(width=max(console.width, 120)).print(table)
+        cells = [_cell(row, key, digits, suffix, scale) for _, key, digits, suffix, scale in figures]
+        table.add_row(row["method"], budget, str(row["steps"]), *cells)
+    # No figure is cut off, whatever the terminal: lines that are too long for it go on below.
+    natural = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    Console(width=max(console.width, 120, natural)).print(table)
 
 
-def _cell(row: dict[str, Any], name: str, digits: int, suffix: str = "", scale: float = 1.0) -> str:
+def _cell(row: dict[str, Any], name: str, digits: int, suffix: str, scale: float) -> str:
     return f"{scale * row[name]:.{digits}f}{suffix}" if name in row else ""
 
 

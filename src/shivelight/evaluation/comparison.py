@@ -19,9 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shivelight.adapter import backbone_of, install, planned_ratio, prepare, routed_of, set_budget
 from shivelight.config import RoutingConfig
 from shivelight.errors import ShivelightError
-from shivelight.evaluation.distribution import fd, kid, kid_difference
-from shivelight.evaluation.features import extract_features
-from shivelight.evaluation.fidelity import fidelity_to_dense
+from shivelight.evaluation.judging import Judge
 from shivelight.evaluation.results import new_row
 from shivelight.execution.folding import Delta, FoldedWeights
 from shivelight.execution.planning import Budget
@@ -343,12 +341,13 @@ class Comparison:
             references: real pictures [m, 3, H, W] for KID and FD, or None.
             network: feature network for them.
             progress: told each point's name.
-            captions: of the pictures; FLOPs of gates, which spend what a sample needs, are counted on the first two.
+            captions: of the pictures; FLOPs of gates, which spend what a sample needs, are counted on the first two. Of the
+                embedded data set, they give the rows their agreement.
         """
         reference = points[0]
+        judge = Judge(pictures[reference.name], self.setting.seed, references, network, captions)
         dense_flops = self.counted_flops(reference)
-        real = None if references is None or network is None else extract_features(references, network)
-        rows, tuned = [], None
+        rows = []
         for point in points:
             planned = self.planned(point)
             gated = point.name in self.realised
@@ -361,17 +360,7 @@ class Comparison:
                 "peak_memory_mb": self._peak_memory_mb(point),
                 "samples": len(pictures[point.name]),
             }  # fmt: skip
-            if point is not reference:
-                figures |= fidelity_to_dense(
-                    pictures[point.name], pictures[reference.name], self.setting.seed
-                ).estimates()
-            if real is not None and network is not None:
-                features = extract_features(pictures[point.name], network)
-                figures |= {"kid": kid(real, features), "fd": fd(real, features)}
-                if point.method == "dense-finetuned":
-                    tuned = features
-                elif tuned is not None:
-                    figures["kid_to_finetuned"] = kid_difference(real, features, tuned)
+            figures |= judge.figures(point.method, pictures[point.name])
             rows.append(new_row(point.method, point.budget, **figures))
             if progress is not None:
                 progress(point.name)

@@ -24,7 +24,20 @@ REQUIRED = {"schema": int, "command": str, "commit": str, "machine": dict, "seed
 ROW_REQUIRED = {"method": str, "budget": dict}
 # Figures that a row may have; each is a finite number. The second set cannot be 0 when it was measured.
 FIGURES = frozenset(
-    {"psnr_to_dense", "ssim_to_dense", "kid", "fd", "kid_to_finetuned", "realised", "caption_agreement", "guidance"}
+    {
+        "psnr_to_dense",
+        "ssim_to_dense",
+        "kid",
+        "fd",
+        "kid_to_finetuned",
+        "realised",
+        "caption_agreement",
+        "agreement_to_dense",
+        "named",
+        "named_to_dense",
+        "placed",
+        "guidance",
+    }
 )
 POSITIVE_FIGURES = frozenset(
     {

@@ -33,7 +33,9 @@ def quality_metrics(results: Mapping[str, Any]) -> list[Metric]:
         Metric("kid", f"KID-{network} x1000", "", 1, False, scale=1000.0),
         Metric("kid_to_finetuned", f"KID-{network} less dense-finetuned's x1000", "", 1, False, scale=1000.0),
         Metric("fd", f"FD-{network}", "", 1, False),
-        Metric("caption_agreement", "Caption agreement", "", 3, True),
+        Metric("caption_agreement", "Caption agreement", "", 1, True),
+        Metric("agreement_to_dense", "Caption agreement less dense's", "", 1, True),
+        Metric("named", "Concept named", "%", 1, True, scale=100.0),
     ]
     return [metric for metric in known if any(metric.key in row for row in results["rows"])]
 
