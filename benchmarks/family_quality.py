@@ -33,10 +33,9 @@ from shivelight.demo import pipeline as embedded
 from shivelight.demo.data import Caption, EmojiData
 from shivelight.errors import BudgetError
 from shivelight.evaluation.comparison import Comparison, OperatingPoint, Setting, point_key
-from shivelight.evaluation.distribution import fd, kid, kid_difference
-from shivelight.evaluation.features import extract_features, feature_network
-from shivelight.evaluation.fidelity import fidelity_to_dense
+from shivelight.evaluation.features import feature_network
 from shivelight.evaluation.images import to_tensor
+from shivelight.evaluation.judging import Judge
 from shivelight.evaluation.peers import cache_points
 from shivelight.evaluation.results import new_results, new_row, read_results, write_results
 from shivelight.evaluation.standard import adapter_points, training_free_points
@@ -96,17 +95,12 @@ def judge(
     captions = [str(caption) for caption in chosen]
     timings = comparison.time(points, rounds, captions=captions)
     network = feature_network("efflite0").to(comparison.pipe.device)
-    real = extract_features(to_tensor([data.render(c, seed) for seed, c in enumerate(chosen)]), network)
-    dense, dense_features = torch.empty(0), torch.empty(0)
+    real = to_tensor([data.render(c, seed) for seed, c in enumerate(chosen)])
+    judge_: Judge | None = None
     for point in points:
         planned, drawn = comparison.planned(point), comparison.pictures(point, captions)
-        features = extract_features(drawn, network)
-        figures: dict[str, Any] = {"kid": kid(real, features), "fd": fd(real, features)}
-        if point is points[0]:
-            dense, dense_features = drawn, features
-        else:
-            figures |= fidelity_to_dense(drawn, dense, comparison.setting.seed).estimates()
-            figures["kid_to_dense"] = kid_difference(real, features, dense_features)
+        judge_ = judge_ or Judge(drawn, comparison.setting.seed, real, network, captions)
+        figures = judge_.figures(point.method, drawn)
         yield new_row(
             point.method, point.budget, steps=point.steps, batch=1, guidance=comparison.setting.guidance,
             dtype=str(comparison.backbone.dtype).removeprefix("torch."), samples=len(drawn), planned_ratio=planned,

@@ -34,13 +34,14 @@ class Judge:
     ) -> None:
         self.dense, self.seed, self.network, self.captions = dense, seed, network, captions
         self._real = None if references is None or network is None else extract_features(references, network)
+        self._features: Tensor | None = None
         self._tuned: Tensor | None = None
         known = len(captions) > 0 and embedded_scorer().knows(captions)
         self._agreement = caption_agreement(dense, captions, seed=seed) if known else None
 
     def figures(self, method: str, pictures: Tensor) -> dict[str, Any]:
-        """Figures of a results row; those of the reference have no difference to it. After "dense-finetuned" each has its paired
-        KID difference to that one."""
+        """Figures of a results row; those of the reference have no difference to it. KID also as paired differences: to the
+        reference's, and after "dense-finetuned" to that one's."""
         found: dict[str, Any] = {}
         reference = pictures is self.dense
         if not reference:
@@ -48,6 +49,10 @@ class Judge:
         if self._real is not None and self.network is not None:
             features = extract_features(pictures, self.network)
             found |= {"kid": kid(self._real, features), "fd": fd(self._real, features)}
+            if reference:
+                self._features = features
+            elif self._features is not None:
+                found["kid_to_dense"] = kid_difference(self._real, features, self._features)
             if method == "dense-finetuned":
                 self._tuned = features
             elif self._tuned is not None:
