@@ -24,6 +24,7 @@ from shivelight.training.cache import LatentCache
 from shivelight.training.estimate import estimate
 from shivelight.training.passes import Batch
 from shivelight.training.session import TeacherRecord, TokenSession
+from shivelight.training.stages import ESTIMATORS
 from shivelight.training.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer]
@@ -267,7 +268,7 @@ def test_the_baseline_without_routing_trains_its_deltas_only(make_trainer: MakeT
     assert stored["routing"]["tokens"] is None and stored["routed_blocks"] == []
 
 
-@pytest.mark.parametrize("estimator", ["residual", "input"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("budget", ["anchor", "loss"])
 def test_every_estimator_and_budget_reaches_router_and_policy(
     make_trainer: MakeTrainer, estimator: str, budget: str
