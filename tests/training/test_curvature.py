@@ -12,7 +12,7 @@ import shivelight as sl
 from shivelight.config import RoutingConfig, TokenRouting
 from shivelight.training import trainer as trainer_module
 from shivelight.training.curvature import FIT_EVERY, Curvature, SwapSession, first_order, swapped
-from shivelight.training.session import TeacherRecord, TokenSession
+from shivelight.training.session import BlockSession, TeacherRecord, TokenSession
 from shivelight.training.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer]
@@ -143,3 +143,33 @@ def test_blocks_and_reuse_go_with_it(make_trainer: MakeTrainer) -> None:
     trainer.train_step()
     assert trainer.curvature is not None and bool((trainer.curvature.updates > 0).any())
     assert bool(torch.isfinite(trainer.curvature.moments).all())
+
+
+def test_gradient_checkpointing_trains_the_same_routers(make_trainer: MakeTrainer) -> None:
+    trained = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(f"run-{checkpointing}", routing=RoutingConfig(TokenRouting()), estimator="residual-2")
+        if checkpointing:
+            trainer.backbone.enable_gradient_checkpointing()
+            trainer.backbone.train()
+        trainer.train_step()
+        assert trainer.curvature is not None
+        trained.append({name: value.detach().clone() for name, value in trainer.state_tensors().items()})
+        trainer.close()
+    assert trained[0]["curvature.moments"].any()
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, atol=1e-5, rtol=1e-3)
+
+
+def test_a_sample_that_skips_the_block_has_no_second_order() -> None:
+    kept = torch.tensor([[True, False]] * 2)
+    session = record(kept)
+    session.teacher.residuals[1] = torch.ones(2, 2, 3)
+    session.gating = BlockSession(session.teacher, (1.0,))
+    runs, _ = session.gating.choose(1, torch.tensor([[9.0, 0.0], [-9.0, 0.0]]))
+    assert runs == (True, False)
+    session.decide(1, torch.randn(2, 2, requires_grad=True))
+    session.leave(1, torch.zeros(2, 2, 3), torch.full((2, 2, 3), 2.0) * kept[..., None], kept)
+    assert session.squares[1].tolist() == [[12.0, 3.0], [0.0, 0.0]]
+    (gradient,) = torch.autograd.grad(session.second_order(lambda block: torch.tensor(0.5)), session.inclusions[1])
+    assert gradient.tolist() == [[-3.0, 0.75], [0.0, 0.0]]

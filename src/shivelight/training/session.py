@@ -99,6 +99,7 @@ class TokenSession:
         # One transfer for the whole pass, not one for each block.
         self._ratios_on_host: list[list[float]] = self.ratios.detach().float().cpu().tolist()
         self._drawn: dict[int, Tensor] = {}
+        self._running: dict[int, Tensor] = {}
 
     def decide(self, block: int, scores: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Rank the perturbed scores; k = floor(N r) in the forward pass, N r continuous in the backward pass."""
@@ -113,7 +114,9 @@ class TokenSession:
         counts = tuple(unit * keep_count(row[place], tokens // unit) for row in self._ratios_on_host)
         counts = counts if len(counts) == batch else counts * batch
         k = (tokens * self.ratios[:, place]).expand(batch)
-        self.inclusions[block] = self._inclusion(scores, ranked, k, counts)
+        self._running[block] = self._inclusion(scores, ranked, k, counts)
+        # The first one is what the loss depends on: gradient checkpointing runs the block a second time.
+        self.inclusions.setdefault(block, self._running[block])
         self.decided[block] = ranked.detach(), counts
         return self.decided[block]
 
@@ -143,7 +146,7 @@ class TokenSession:
 
     def enter(self, block: int, x: Tensor, kept: Tensor) -> Tensor:
         """The paper's estimator scales the inputs."""
-        return apply_input_estimator(x, self.inclusions[block], kept) if self.estimator == "input" else x
+        return apply_input_estimator(x, self._running[block], kept) if self.estimator == "input" else x
 
     def leave(self, block: int, x: Tensor, out: Tensor, kept: Tensor) -> Tensor:
         """The others add (pi - sg(pi)) r to the output; with reuse, r is what running adds to the cached residual."""
@@ -154,7 +157,7 @@ class TokenSession:
                 base, missed = x + self.cached[block].residual, missed - self.cached[block].residual
             if self.estimator == "residual-2":
                 self.squares[block] = self._squares(block, base, out, missed)
-            out = apply_residual_estimator(base, out, self.inclusions[block], kept, missed)
+            out = apply_residual_estimator(base, out, self._running[block], kept, missed)
         if block in self.teacher.features_at:
             self.features[block] = out
         return out
