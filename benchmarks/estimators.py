@@ -282,11 +282,11 @@ def train_cell(
     try:
         for _ in range(0 if estimator == "untrained" else args.steps):
             trainer.train_step()
-        seconds = time.perf_counter() - began
+        seconds = None if estimator == "untrained" else time.perf_counter() - began
         return new_row(
             estimator, {"keep": KEEP}, check="training", seed=seed,
             training_steps=0 if estimator == "untrained" else args.steps,
-            output_error=output_error(trainer, caches[1], args.judged), seconds=seconds or None,
+            output_error=output_error(trainer, caches[1], args.judged), seconds=seconds,
         )  # fmt: skip
     finally:
         detach(pipe)

@@ -113,13 +113,13 @@ class SwapSession:
 
 def swapped(session: TokenSession, block: int, generator: torch.Generator) -> SwapSession | None:
     """Draw which tokens change places, as many of each sample; None where all tokens are kept, or none."""
-    kept = session.kept[block]
-    here = kept.cpu()
-    samples, tokens = here.shape
-    fewest = int(torch.minimum(here.sum(1), (~here).sum(1)).min())
+    samples, tokens = session.kept[block].shape
+    fewest = min(min(k, tokens - k) for k in session.decided[block][1])
     count = min(max(1, round(_SWAPPED * tokens)), fewest)
     if count == 0:
         return None
+    kept = session.kept[block]
+    here = kept.cpu()
     order = torch.rand(samples, tokens, generator=generator)
     masks = []
     for pool in (here, ~here):

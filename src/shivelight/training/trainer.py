@@ -286,15 +286,15 @@ class Trainer:
     def _fit_curvature(self, draw: Draw, batch: Batch, wanted: Tensor, session: TokenSession, missed: Tensor) -> None:
         """Swap a few tokens of each block that is due, and see how far the first order is off."""
         assert self.curvature is not None
-        due = self.curvature.due(self.step)
-        if not due:
-            return
-        gains = torch.autograd.grad(missed, [session.inclusions[block] for block in due], retain_graph=True)
+        swaps = {block: swapped(session, block, draw.generator) for block in self.curvature.due(self.step)}
+        inclusions = [session.inclusions[block] for block, swap in swaps.items() if swap is not None]
+        # Where all tokens are kept there is nothing to swap, and nothing is spent on it.
+        gains = iter(torch.autograd.grad(missed, inclusions, retain_graph=True) if inclusions else ())
         before = self.routed.session, self.routed.gate_session
         try:
-            for block, gain in zip(due, gains, strict=True):
+            for block, swap in swaps.items():
                 moments = torch.zeros(2, device=missed.device)
-                if (swap := swapped(session, block, draw.generator)) is not None:
+                if swap is not None:
                     gating = None
                     if session.gating is not None:
                         gating = self._block_session(draw, session.teacher, session.cached)
@@ -303,7 +303,7 @@ class Trainer:
                         prediction = self.passes.predict(batch)
                         features = (gating or swap).features
                         changed, _ = self._missed(batch, session.teacher, wanted, prediction, features)
-                    predicted, squares = first_order(swap, gain)
+                    predicted, squares = first_order(swap, next(gains))
                     moments = curvature_moments((changed - missed.detach())[None], predicted[None], squares[None])
                 self.curvature.update(block, moments)
         finally:
