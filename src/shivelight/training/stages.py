@@ -68,7 +68,7 @@ class TrainingConfig:
     lr_policy: float = 3e-4
     lr_deltas: float = 5e-4
     warmup: int = 50
-    estimator: EstimatorName = "residual"
+    estimator: EstimatorName = "residual-2"
     budget: Literal["anchor", "loss"] = "anchor"
     keep_low: float = 0.35
     keep_high: float = 0.95
