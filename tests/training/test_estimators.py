@@ -14,8 +14,10 @@ from shivelight.training.estimators import (
     anneal,
     apply_input_estimator,
     apply_residual_estimator,
+    curvature_moments,
     inclusion,
     perturb,
+    second_order_term,
     soft_rank,
 )
 
@@ -173,6 +175,43 @@ def test_residual_estimator_is_the_exact_derivative_of_the_inclusion_weight() ->
     out = torch.where(kept[..., None], x + residual, x)
     (apply_residual_estimator(x, out, pi, kept, residual) - target).pow(2).sum().backward()
     torch.testing.assert_close(pi.grad, weight.grad)
+
+
+def test_second_order_is_the_gain_of_a_flip_where_the_loss_is_quadratic() -> None:
+    # L = 3/2 sum |x' - t|^2: its curvature along any residual is 3, so both orders together are the whole gain.
+    x, residual, target = randn(1, 6, 4), randn(1, 6, 4, seed=1), randn(1, 6, 4, seed=2)
+    kept = torch.tensor([[True, False, True, True, False, False]])
+
+    def loss_of(mask: torch.Tensor) -> torch.Tensor:
+        return 1.5 * (x + mask[..., None] * residual - target).square().sum()
+
+    gains = torch.stack([
+        loss_of(kept | (torch.arange(6) == i)) - loss_of(kept & (torch.arange(6) != i)) for i in range(6)
+    ])  # fmt: skip
+    pi = torch.full((1, 6), 0.5, dtype=torch.float64, requires_grad=True)
+    routed = apply_residual_estimator(x, torch.where(kept[..., None], x + residual, x), pi, kept, residual)
+    loss = 1.5 * (routed - target).square().sum()
+    (first,) = torch.autograd.grad(loss, pi, retain_graph=True)
+    squares = residual.square().sum(-1)
+    term = second_order_term(pi, kept, squares, 3.0)
+    assert term.item() == 0.0
+    # As a term of the loss it is scaled with it.
+    (both,) = torch.autograd.grad(7.0 * (loss + term), pi)
+    torch.testing.assert_close(both[0] / 7.0, gains)
+    signs = torch.where(kept, -1.0, 1.0)[0]
+    moments = curvature_moments(signs * gains, signs * first[0], squares[0])
+    assert (moments[0] / moments[1]).item() == pytest.approx(3.0)
+
+
+def test_the_fitted_curvature_is_the_least_squares_one() -> None:
+    changes, predicted, squares = randn(9), randn(9, seed=1), randn(9, seed=2).square()
+    moments = curvature_moments(changes, predicted, squares)
+    h = (moments[0] / moments[1]).item()
+
+    def error(h: float) -> float:
+        return (changes - predicted - 0.5 * h * squares).square().sum().item()
+
+    assert error(h) < min(error(h - 1e-3), error(h + 1e-3))
 
 
 @pytest.mark.parametrize("estimator", ["input", "residual"])

@@ -102,7 +102,7 @@ def test_the_router_learns_what_running_adds_to_the_cached_residual(pipe: Stable
     x, out = torch.randn(2, 64, 32), torch.randn(2, 64, 32)
     scores = torch.randn(2, 64, requires_grad=True)
     session.decide(2, scores)
-    pi = session._inclusion[2]
+    pi = session.inclusions[2]
     kept = torch.rand(2, 64) > 0.5
     left = session.leave(2, x, out, kept)
     assert torch.equal(left, out)

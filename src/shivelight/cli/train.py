@@ -18,7 +18,7 @@ from shivelight.pipelines import call_default
 from shivelight.training.data import build_cache, read_folder
 from shivelight.training.denoisers import denoiser_for
 from shivelight.training.estimate import estimate
-from shivelight.training.stages import TrainingConfig
+from shivelight.training.stages import EstimatorName, TrainingConfig
 from shivelight.training.trainer import Trainer
 
 _DEFAULT = TrainingConfig()
@@ -45,7 +45,7 @@ def train(
     group_size: Annotated[int, typer.Option(min=1, help="Samples per micro-batch.")] = _DEFAULT.group_size,
     rank: Annotated[int, typer.Option(min=0, help="Rank of the DoRA deltas; 0 for none.")] = 8,
     estimator: Annotated[
-        Literal["residual", "input"], typer.Option(help="Straight-through estimator; input is the paper's.")
+        EstimatorName, typer.Option(help="How the loss reaches the token routers; input is the paper's estimator.")
     ] = _DEFAULT.estimator,
     budget: Annotated[
         Literal["anchor", "loss"], typer.Option(help="Solve for the budget, or the paper's budget loss.")

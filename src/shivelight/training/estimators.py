@@ -8,6 +8,7 @@ In the forward pass a token is in or out, exactly; in the backward pass the loss
   1 - (pi - sg(pi)), so that dL/dpi_i is +<g_i, x_i> or -<g_i, x_i>, g the loss gradient at the block's input.
 - `apply_residual_estimator`: x' = x + (m + (pi - sg(pi))) r, so that dL/dpi_i = <dL/dx'_i, r_i>, the first-order gain
   of including the token. r is the student's residual where the token was kept, the teacher's where it was not.
+- `second_order_term` beside it: what the first order misses of a whole step from out to in, by one curvature per block.
 
 A pre-norm block hardly feels the scale of its input, so little of the input estimator is the block's gain:
 benchmarks/results/synthetic.json has the cosines of both to the true gain.
@@ -186,6 +187,40 @@ class _ResidualEstimator(torch.autograd.Function):
             return None, gradient, None, None, None
         residual = torch.where(kept[..., None], out - x, rejected_residual.to(out.dtype))
         return None, gradient, _inner(gradient, residual, ctx.pi_dtype), None, None
+
+
+def second_order_term(pi: Tensor, kept: Tensor, squares: Tensor, curvature: Tensor | float) -> Tensor:
+    """The second order of the gain, as a loss term: exactly 0, with a gradient of -h/2 |r_i|^2 to kept tokens' pi and of
+    +h/2 |r_i|^2 to rejected ones'.
+
+    The loss along a token's inclusion p, x' = x + p r, is L(p) ~= L(m) + (p - m) <g, r> + (p - m)^2 h/2 |r|^2 around the state
+    m that was run, so that the gain L(1) - L(0) is <g, r> + h/2 |r|^2 from m = 0, and <g, r> - h/2 |r|^2 from m = 1.
+
+    A term of the loss, so that whatever scales the loss before its backward pass scales both orders alike.
+
+    Args:
+        pi: [B, N], from `inclusion`.
+        kept: [B, N] bool, the hard selection.
+        squares: [B, N], |r_i|^2.
+        curvature: h, a scalar, of the loss that this is added to: see `curvature_moments`.
+    """
+    half = 0.5 * curvature * squares.detach()
+    return ((pi - pi.detach()) * torch.where(kept, -half, half).to(pi.dtype)).sum()
+
+
+def curvature_moments(changes: Tensor, predicted: Tensor, squares: Tensor) -> Tensor:
+    """Least squares of h from flips, change ~= predicted + h/2 |r|^2: (sum of a b, sum of b b), whose ratio is h.
+
+    Args:
+        changes: [M], changes of the loss from what was run to one or several flips (put in what was out, take out what was in).
+        predicted: [M], their first order: the sum of <g_i, r_i> over tokens put in, less that over tokens taken out.
+        squares: [M], the sum of |r_i|^2 over all that flipped.
+
+    Returns:
+        [2], fp32 or float64.
+    """
+    b = 0.5 * squares
+    return torch.stack([((changes - predicted) * b).sum(), b.square().sum()])
 
 
 def _inner(gradient: Tensor, vectors: Tensor, dtype: torch.dtype) -> Tensor:

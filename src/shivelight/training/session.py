@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,17 @@ from shivelight.training.estimators import (
     apply_residual_estimator,
     inclusion,
     perturb,
+    second_order_term,
     soft_rank,
 )
 from shivelight.training.gates import apply_gate, expected_width, straight_through_gate, width_mask
-
-EstimatorName = Literal["input", "residual"]
+from shivelight.training.relaxations import (
+    gumbel_inclusion,
+    gumbel_noise,
+    identity_inclusion,
+    threshold_inclusion,
+)
+from shivelight.training.stages import EstimatorName
 
 
 @dataclass
@@ -58,14 +63,19 @@ class TokenSession:
         routed: indices of the routed blocks.
         ratios: [B or 1, L] keep ratios of the routed blocks, with the policy's gradient if it trains.
         teacher: the dense pass on the same input.
-        estimator: "residual", or the paper's "input".
-        rank_temperature: of the soft rank.
-        selection_temperature: of the inclusion, as a share of N.
-        noise: standard deviation of the noise on the scores; 0 ranks as inference does.
+        estimator: one of `stages.ESTIMATORS`.
+        rank_temperature: of the soft rank, or of the inclusion that stands in its place.
+        selection_temperature: of the inclusion by soft ranks, as a share of N.
+        noise: standard deviation of the noise on the scores; 0 ranks as inference does. "gumbel" has its own noise instead.
         generator: of the noise.
         granularity: of the kept counts, as at inference; k stays continuous in the backward pass.
         cached: per routed block, what rejected tokens add, from an earlier pass; none without reuse.
         features: the student's outputs of the blocks that are compared.
+        gating: of the same pass, where blocks are gated too.
+        decided: per block, the scores [B, N] that were ranked and the number that each sample keeps.
+        inclusions: per block [B, N], with their gradients.
+        kept: per block [B, N] bool.
+        squares: per block [B, N], |r_i|^2; only for "residual-2".
     """
 
     routed: tuple[int, ...]
@@ -79,27 +89,51 @@ class TokenSession:
     granularity: int = 1
     cached: dict[int, CachedPass] = field(default_factory=dict)
     features: dict[int, Tensor] = field(default_factory=dict)
+    gating: "BlockSession | None" = None
+    decided: dict[int, tuple[Tensor, tuple[int, ...]]] = field(default_factory=dict)
+    inclusions: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    squares: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # One transfer for the whole pass, not one for each block.
         self._ratios_on_host: list[list[float]] = self.ratios.detach().float().cpu().tolist()
         self._drawn: dict[int, Tensor] = {}
-        self._inclusion: dict[int, Tensor] = {}
+        self._running: dict[int, Tensor] = {}
 
     def decide(self, block: int, scores: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Rank the perturbed scores; k = floor(N r) in the forward pass, N r continuous in the backward pass."""
         batch, tokens = scores.shape
         place = self.routed.index(block)
-        if self.noise:
+        ranked = scores
+        if self.noise or self.estimator == "gumbel":
             if block not in self._drawn:  # drawn once: gradient checkpointing runs the block a second time
-                self._drawn[block] = perturb(torch.zeros_like(scores), self.noise, self.generator)
-            scores = scores + self._drawn[block]
+                self._drawn[block] = self._noise(scores.detach())
+            ranked = scores + self._drawn[block]
         unit = count_unit(tokens, self.granularity)
         counts = tuple(unit * keep_count(row[place], tokens // unit) for row in self._ratios_on_host)
-        ranks = soft_rank(scores, self.rank_temperature)
+        counts = counts if len(counts) == batch else counts * batch
         k = (tokens * self.ratios[:, place]).expand(batch)
-        self._inclusion[block] = inclusion(ranks, k, self.selection_temperature, tokens)
-        return scores.detach(), counts if len(counts) == batch else counts * batch
+        self._running[block] = self._inclusion(scores, ranked, k, counts)
+        # The first one is what the loss depends on: gradient checkpointing runs the block a second time.
+        self.inclusions.setdefault(block, self._running[block])
+        self.decided[block] = ranked.detach(), counts
+        return self.decided[block]
+
+    def _noise(self, scores: Tensor) -> Tensor:
+        if self.estimator == "gumbel":
+            return gumbel_noise(scores, self.rank_temperature, self.generator)
+        return perturb(torch.zeros_like(scores), self.noise, self.generator)
+
+    def _inclusion(self, scores: Tensor, ranked: Tensor, k: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """pi [B, N], by the estimator's own way."""
+        if self.estimator == "straight-through":
+            return identity_inclusion(ranked, k)
+        if self.estimator == "dftopk":
+            return threshold_inclusion(ranked, k, counts, self.rank_temperature)
+        if self.estimator == "gumbel":
+            return gumbel_inclusion(scores, ranked, k, counts, self.rank_temperature)
+        return inclusion(soft_rank(ranked, self.rank_temperature), k, self.selection_temperature, scores.shape[1])
 
     def drift(self, block: int) -> Tensor | None:
         """What the router sees of the cached residuals."""
@@ -112,18 +146,36 @@ class TokenSession:
 
     def enter(self, block: int, x: Tensor, kept: Tensor) -> Tensor:
         """The paper's estimator scales the inputs."""
-        return apply_input_estimator(x, self._inclusion[block], kept) if self.estimator == "input" else x
+        return apply_input_estimator(x, self._running[block], kept) if self.estimator == "input" else x
 
     def leave(self, block: int, x: Tensor, out: Tensor, kept: Tensor) -> Tensor:
-        """The residual estimator adds (pi - sg(pi)) r; with reuse, r is what running adds to the cached residual."""
-        if self.estimator == "residual":
+        """The others add (pi - sg(pi)) r to the output; with reuse, r is what running adds to the cached residual."""
+        self.kept[block] = kept
+        if self.estimator != "input":
             base, missed = x, self.teacher.residuals[block]
             if block in self.cached:
                 base, missed = x + self.cached[block].residual, missed - self.cached[block].residual
-            out = apply_residual_estimator(base, out, self._inclusion[block], kept, missed)
+            if self.estimator == "residual-2":
+                self.squares[block] = self._squares(block, base, out, missed)
+            out = apply_residual_estimator(base, out, self._running[block], kept, missed)
         if block in self.teacher.features_at:
             self.features[block] = out
         return out
+
+    @torch.no_grad()
+    def _squares(self, block: int, base: Tensor, out: Tensor, missed: Tensor) -> Tensor:
+        residual = torch.where(self.kept[block][..., None], out - base, missed.to(out.dtype))
+        squares = residual.float().square().sum(-1)
+        # A sample that skips the block says nothing about its tokens.
+        return squares if self.gating is None else squares * self.gating.runs(block)[:, None]
+
+    def second_order(self, curvature: Callable[[int], Tensor]) -> Tensor:
+        """The second order of all blocks' gains, to be added to the loss; `curvature` gives a block's h."""
+        terms = [
+            second_order_term(self.inclusions[block], self.kept[block], squares, curvature(block))
+            for block, squares in self.squares.items()
+        ]
+        return torch.stack(terms).sum()
 
 
 @dataclass
@@ -162,6 +214,10 @@ class BlockSession:
             order = self.orders[block]
             mask = width_mask(self.dial.moved_widths(own.width), self.widths, len(order), order)
         return tuple((gate.detach() > 0.5).tolist()), mask
+
+    def runs(self, block: int) -> Tensor:
+        """[B] bool, which samples run the block in this pass."""
+        return self._gates[block].detach() > 0.5
 
     def leave(
         self, block: int, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]

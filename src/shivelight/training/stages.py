@@ -1,11 +1,13 @@
 """What a training run is told: settings, and the three stages of Shiva-DiT that they describe."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from shivelight.errors import TrainingError
 
 StageName = Literal["router", "policy", "joint"]
+EstimatorName = Literal["residual", "residual-2", "input", "straight-through", "dftopk", "gumbel"]
+ESTIMATORS: tuple[EstimatorName, ...] = get_args(EstimatorName)
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,9 @@ class TrainingConfig:
         lr_router, lr_gates, lr_policy, lr_deltas: peak learning rates (AdamW) of routers, of the heads of block routers,
             of policy and deltas, each after the stage's own linear warm-up.
         warmup: warm-up steps of each stage, at most half of it.
-        estimator: "residual", or the paper's "input".
+        estimator: how the loss reaches scores and k. "residual", its second order "residual-2" (training/curvature.py), or the
+            paper's "input", all three through the soft rank; or a peer of it (training/relaxations.py): "straight-through",
+            "dftopk" or "gumbel", at the rank's temperature.
         budget: "anchor" solves for the policy's anchor, so that each micro-batch meets its sampled target; "loss" is the
             paper's EMA budget loss at `target`.
         keep_low, keep_high: range of the sampled keep ratios.
@@ -66,7 +70,7 @@ class TrainingConfig:
     lr_policy: float = 3e-4
     lr_deltas: float = 5e-4
     warmup: int = 50
-    estimator: Literal["residual", "input"] = "residual"
+    estimator: EstimatorName = "residual-2"
     budget: Literal["anchor", "loss"] = "anchor"
     keep_low: float = 0.35
     keep_high: float = 0.95
@@ -132,7 +136,7 @@ class TrainingConfig:
         )
         _require(0 < self.target < 1, f"target is {self.target}; give a keep ratio in (0, 1).")
         _require(0 <= self.caption_drop < 1, f"caption_drop is {self.caption_drop}; give a share in [0, 1).")
-        _require(self.estimator in ("residual", "input"), f"estimator is {self.estimator!r}; residual or input.")
+        _require(self.estimator in ESTIMATORS, f"estimator is {self.estimator!r}; give one of {', '.join(ESTIMATORS)}.")
         _require(
             self.gate_signal in ("gradient", "damage"), f"gate_signal is {self.gate_signal!r}; gradient or damage."
         )

@@ -24,11 +24,12 @@ from shivelight.execution.reuse import CachedPass
 from shivelight.routing import Dial, solve_anchor
 from shivelight.training import checkpoints
 from shivelight.training.cache import LatentCache
+from shivelight.training.curvature import Curvature, first_order, swapped
 from shivelight.training.damage import GateReading, damage_loss
 from shivelight.training.deltas import LiveDeltas
 from shivelight.training.denoisers import Denoiser, denoiser_for
 from shivelight.training.draws import Draw, Draws
-from shivelight.training.estimators import anneal
+from shivelight.training.estimators import anneal, curvature_moments
 from shivelight.training.gates import gate_loss, width_loss
 from shivelight.training.losses import BudgetLoss, feature_distillation
 from shivelight.training.passes import Batch, Passes
@@ -93,6 +94,9 @@ class Trainer:
         self.averages = {
             name: BudgetLoss(reduce=self.accelerator.reduce).to(self.accelerator.device) for name in averaged
         }
+        self.curvature: Curvature | None = None
+        if config.estimator == "residual-2" and routing.tokens is not None:
+            self.curvature = Curvature(self.routed.routed, self.accelerator.reduce).to(self.accelerator.device)
         processes = self.accelerator.num_processes, self.accelerator.process_index
         self.draws = Draws(config, len(cache), self.denoiser.shift(cache.shape), processes, self._shift_to_run)
         self.passes = Passes(
@@ -111,8 +115,11 @@ class Trainer:
         return named | (dict(self.deltas.named_parameters()) if self.deltas is not None else {})
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: all that trains, the averages of the budget losses, routers' records and channel orders."""
+        """What a checkpoint holds: all that trains, the averages of the budget losses and of the curvatures, routers' records
+        and channel orders."""
         averages = {f"{name}.{part}": b for name, loss in self.averages.items() for part, b in loss.named_buffers()}
+        if self.curvature is not None:
+            averages |= {f"curvature.{part}": buffer for part, buffer in self.curvature.named_buffers()}
         return {**self.named_parameters(), **averages, **dict(self.routed.named_buffers())}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
@@ -189,12 +196,12 @@ class Trainer:
         self._train_only(stage)
         self.routed.train()
         totals: dict[str, float] = {}
-        for draw in self.draws.at(self.step):
+        for group, draw in enumerate(self.draws.at(self.step)):
             # Fresh deltas change nothing, so until they train nothing is spent on them.
             untouched = nullcontext() if stage == "joint" else self.passes.without_deltas()
             try:
                 with untouched:
-                    losses = self._micro_batch(stage, draw)
+                    losses = self._micro_batch(stage, draw, fit=group == 0)
                     loss = losses.pop("total")
                     self._refuse_broken(stage, loss, losses)
                     if loss.requires_grad:
@@ -217,7 +224,8 @@ class Trainer:
             "with lower learning rates, or check the images and the backbone's precision."
         )
 
-    def _micro_batch(self, stage: StageName, draw: Draw) -> dict[str, Tensor]:
+    def _micro_batch(self, stage: StageName, draw: Draw, fit: bool = False) -> dict[str, Tensor]:
+        """The losses of a micro-batch; with `fit`, curvatures that are due are fitted to it."""
         config = self.config
         batch, teacher = self.passes.batch(draw), TeacherRecord(self._features_at)
         reading = GateReading(self.routed, teacher) if config.gate_signal == "damage" else None
@@ -229,20 +237,17 @@ class Trainer:
             losses["damage"] = total = self._damage(draw, reading, batch, wanted, cached)
             if self.routed.config.tokens is None:
                 return {"total": total} | {name: value.detach() for name, value in losses.items()}
-        session = self._token_session(stage, draw, teacher, cached)
         gating = self._block_session(draw, teacher, cached) if reading is None else None
+        session = self._token_session(stage, draw, teacher, cached, gating)
         self.routed.session, self.routed.gate_session = session, gating
         prediction = self.passes.predict(batch)
-        losses["output"] = F.mse_loss(prediction.float(), wanted.float())
-        total = total + config.output_weight * losses["output"]
-        features = session.features if gating is None and session is not None else getattr(gating, "features", {})
-        if features and config.feature_weight:
-            student = [features[block] for block in self._features_at]
-            losses["features"] = feature_distillation(student, [teacher.features[block] for block in self._features_at])
-            total = total + config.feature_weight * losses["features"]
-        if config.flow_weight:
-            losses[self.denoiser.loss] = data_loss = self.passes.data_loss(prediction, batch)
-            total = total + config.flow_weight * data_loss
+        compared: Any = gating or session
+        missed, parts = self._missed(batch, teacher, wanted, prediction, getattr(compared, "features", {}))
+        total, losses = total + missed, losses | parts
+        if session is not None and self.curvature is not None:
+            if fit:
+                self._fit_curvature(draw, batch, wanted, session, missed)
+            total = total + session.second_order(self.curvature.of)
         if session is not None:
             losses["keep"] = session.ratios.mean()
             if stage != "router" and config.budget == "loss" and self.routed.policy is not None:
@@ -263,6 +268,48 @@ class Trainer:
             self._record(1000 * batch.sigmas, gate, width, gating.dial.shift)
         return {"total": total} | {name: value.detach() for name, value in losses.items()}
 
+    def _missed(
+        self, batch: Batch, teacher: TeacherRecord, wanted: Tensor, prediction: Tensor, features: dict[int, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a pass of the student misses of the teacher and of the data: the weighted sum, and its parts."""
+        config, losses = self.config, {"output": F.mse_loss(prediction.float(), wanted.float())}
+        total = config.output_weight * losses["output"]
+        if features and config.feature_weight:
+            student = [features[block] for block in self._features_at]
+            losses["features"] = feature_distillation(student, [teacher.features[block] for block in self._features_at])
+            total = total + config.feature_weight * losses["features"]
+        if config.flow_weight:
+            losses[self.denoiser.loss] = data_loss = self.passes.data_loss(prediction, batch)
+            total = total + config.flow_weight * data_loss
+        return total, losses
+
+    def _fit_curvature(self, draw: Draw, batch: Batch, wanted: Tensor, session: TokenSession, missed: Tensor) -> None:
+        """Swap a few tokens of each block that is due, and see how far the first order is off."""
+        assert self.curvature is not None
+        swaps = {block: swapped(session, block, draw.generator) for block in self.curvature.due(self.step)}
+        inclusions = [session.inclusions[block] for block, swap in swaps.items() if swap is not None]
+        # Where all tokens are kept there is nothing to swap, and nothing is spent on it.
+        gains = iter(torch.autograd.grad(missed, inclusions, retain_graph=True) if inclusions else ())
+        before = self.routed.session, self.routed.gate_session
+        try:
+            for block, swap in swaps.items():
+                moments = torch.zeros(2, device=missed.device)
+                if swap is not None:
+                    gating = None
+                    if session.gating is not None:
+                        gating = self._block_session(draw, session.teacher, session.cached)
+                    self.routed.session, self.routed.gate_session = swap, gating
+                    with torch.no_grad():
+                        prediction = self.passes.predict(batch)
+                        features = (gating or swap).features
+                        changed, _ = self._missed(batch, session.teacher, wanted, prediction, features)
+                    predicted, squares = first_order(swap, next(gains))
+                    moments = curvature_moments((changed - missed.detach())[None], predicted[None], squares[None])
+                self.curvature.update(block, moments)
+        finally:
+            # Gradient checkpointing runs the blocks once more, with the sessions of the pass itself.
+            self.routed.session, self.routed.gate_session = before
+
     def _damage(
         self, draw: Draw, reading: GateReading, batch: Batch, wanted: Tensor, cached: dict[int, CachedPass]
     ) -> Tensor:
@@ -282,7 +329,12 @@ class Trainer:
         return torch.stack(losses).mean()
 
     def _token_session(
-        self, stage: StageName, draw: Draw, teacher: TeacherRecord, cached: dict[int, CachedPass]
+        self,
+        stage: StageName,
+        draw: Draw,
+        teacher: TeacherRecord,
+        cached: dict[int, CachedPass],
+        gating: BlockSession | None,
     ) -> TokenSession | None:
         config, tokens = self.config, self.routed.config.tokens
         if tokens is None:
@@ -300,6 +352,7 @@ class Trainer:
             generator=draw.generator,
             granularity=tokens.granularity,
             cached=cached,
+            gating=gating,
         )
 
     def _block_session(self, draw: Draw, teacher: TeacherRecord, cached: dict[int, CachedPass]) -> BlockSession | None:
