@@ -363,7 +363,7 @@ class Routed(nn.Module):
             return None
         assert self.config.reuse is not None
         assert self.context.steps is not None
-        horizon = self.config.reuse.forecast * len(self.context.steps)
+        horizon = self.config.reuse.horizon(len(self.context.steps))
         place, text = self._place(block, text)
         return self.residuals.enter(place, x, text, horizon)
 
