@@ -142,7 +142,9 @@ def main() -> None:
         points.append(comparison.finetuned(read_deltas(pipe, tuned)))
     points += ours(comparison, args.adapter or shipped, args.compute)
     others, reasons = peer_points(comparison, args.peers)
-    points = list({point_key(point): point for point in (*points, *others)}.values())
+    # A schedule that is stretched to its last noise level (shift_terminal) has no single step: diffusers divides by zero.
+    points = [point for point in (*points, *others) if point.steps > 1 or not few]
+    points = list({point_key(point): point for point in points}.values())
     for reason in reasons:
         print("left out:", reason)
     data = EmojiData()

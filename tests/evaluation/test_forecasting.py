@@ -12,7 +12,7 @@ from shivelight.evaluation.fidelity import fidelity_to_dense
 from shivelight.evaluation.forecasting import search_reuse
 
 CAPTIONS = ["a red apple", "blue bird"]
-SETTING = Setting(8, 3.0, 0, 2, {"max_sequence_length": 16, "height": 32, "width": 32})
+SETTING = Setting(12, 3.0, 0, 2, {"max_sequence_length": 16, "height": 32, "width": 32})
 
 
 def test_the_best_setting_comes_first_and_nothing_stays_changed(pipe: StableDiffusion3Pipeline) -> None:
@@ -27,7 +27,7 @@ def test_the_best_setting_comes_first_and_nothing_stays_changed(pipe: StableDiff
     dense, total = comparison.pictures(comparison.dense(), CAPTIONS), 0.0
     for compute in (0.5, 0.4):  # what it says is what a user then gets
         sl.attach(pipe, sl.RoutingConfig.training_free(compute=compute, axis="blocks", **fresh))
-        drawn = comparison.call(CAPTIONS, 8)
+        drawn = comparison.call(CAPTIONS, 12)
         total += float(fidelity_to_dense(drawn, dense).psnr.mean()) / 2
     assert found[0].psnr == pytest.approx(total, abs=1e-4) and torch.isfinite(torch.tensor(total))
 

@@ -60,7 +60,9 @@ def test_at_intervals_all_blocks_run_or_none(
     pipe: StableDiffusion3Pipeline, monkeypatch: pytest.MonkeyPatch, compute: float, runs: list[int], whole: str
 ) -> None:
     monkeypatch.setattr(BlockResiduals, "relative_drift", None)  # nothing is read from the device
-    routed = free(pipe, compute, forecast=0.5, growth=3.0, whole=whole)
+    routed = free(pipe, compute, forecast=1.0, growth=3.0, whole=whole)
+    assert routed.config.reuse is not None
+    horizon = routed.config.reuse.horizon(10)
     assert routed.routed == (0, 1, 2, 3)  # the first as well: no router reads what it makes
     known: dict[str, dict[int, Tensor]] = {"image": {}, "text": {}}
 
@@ -82,7 +84,7 @@ def test_at_intervals_all_blocks_run_or_none(
                 expected = values[at]
                 if older:
                     interval = at - older[-1]
-                    share = max(0, 1 - interval / 5) * min(1, (step - at) / interval)
+                    share = max(0, 1 - interval / horizon) * min(1, (step - at) / interval)
                     expected = expected + share * (expected - values[older[-1]])
                 wanted = before + expected if whole == "residual" else expected
                 torch.testing.assert_close(after, wanted, atol=1e-5, rtol=1e-4)
