@@ -35,6 +35,8 @@ PAGES = (
     "docs/speed.md",
     "docs/decisions/training-free.md",
     "docs/decisions/blocks.md",
+    "docs/decisions/few-steps.md",
+    "docs/front.md",
 )
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 COLUMNS = {

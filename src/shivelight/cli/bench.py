@@ -1,6 +1,6 @@
 """`shivelight bench`: what published shapes cost, dense and under a budget: counted without weights, or timed with random ones."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -48,9 +48,7 @@ def bench(
         int | None, typer.Option(min=2, help="At most so many blocks of each kind, where not all of them fit.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(min=16, help="Image tokens; the shape's own by default.")] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of timed runs.")
-    ] = "bfloat16",
+    dtype: common.PrecisionOption = "bfloat16",
     compile_blocks: Annotated[
         bool,
         typer.Option(

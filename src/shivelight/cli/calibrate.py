@@ -47,15 +47,13 @@ def calibrate(
             "interval; 30 by default.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = embedded.STEPS,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = embedded.GUIDANCE,
+    steps: common.StepsOption = embedded.STEPS,
+    guidance: common.GuidanceOption = embedded.GUIDANCE,
     batch: Annotated[int, typer.Option(min=1, help="Pictures of one call: the table is of such passes.")] = 1,
     seconds: Annotated[
         float, typer.Option(min=0, help="Time to take for the table, about; a busy machine needs more.")
     ] = 8.0,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the pipeline.")
-    ] = "float32",
+    dtype: common.PrecisionOption = "float32",
     size: common.SizeOption = None,
     max_sequence_length: common.TextOption = None,
     seed: common.SeedOption = 0,

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -34,6 +34,13 @@ SizeOption = Annotated[int | None, typer.Option(help="Side of the pictures in pi
 TextOption = Annotated[
     int | None,
     typer.Option("--max-sequence-length", help="Text tokens of a caption; the pipeline's default if left out."),
+]
+StepsOption = Annotated[
+    int, typer.Option(min=1, help="Sampling steps, those of the dense reference where there is one.")
+]
+GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance scale.")]
+PrecisionOption = Annotated[
+    Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Precision of the pipeline.")
 ]
 AdapterOption = Annotated[str | None, typer.Option(help="Folder or hub id of an adapter; the embedded one by default.")]
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,7 @@
 """`shivelight evaluate`: quality, cost and latency of an adapter at several budgets, against its baselines."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -58,8 +58,8 @@ def evaluate(
         ),
     ] = None,
     count: Annotated[int, typer.Option(min=2, help="Captions.")] = 256,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the dense reference.")] = embedded.STEPS,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = embedded.GUIDANCE,
+    steps: common.StepsOption = embedded.STEPS,
+    guidance: common.GuidanceOption = embedded.GUIDANCE,
     rounds: Annotated[int, typer.Option(min=3, help="Timed rounds.")] = 10,
     batch: Annotated[int, typer.Option(min=1, help="Samples per call while pictures are made.")] = 16,
     baselines: Annotated[
@@ -75,9 +75,7 @@ def evaluate(
     features: Annotated[
         str, typer.Option(help="Feature network of KID and FD: efflite0, inception, or none.")
     ] = "efflite0",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the pipeline.")
-    ] = "float32",
+    dtype: common.PrecisionOption = "float32",
     size: common.SizeOption = None,
     max_sequence_length: common.TextOption = None,
     seed: common.SeedOption = 0,

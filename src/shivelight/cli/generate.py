@@ -27,8 +27,8 @@ def generate(
     threshold: Annotated[
         float | None, typer.Option(help="Or, of block routers, the probability from which they run.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = embedded.STEPS,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = embedded.GUIDANCE,
+    steps: common.StepsOption = embedded.STEPS,
+    guidance: common.GuidanceOption = embedded.GUIDANCE,
     count: Annotated[int, typer.Option(min=1, help="Pictures, each from a seed of its own.")] = 4,
     size: common.SizeOption = None,
     max_sequence_length: common.TextOption = None,
