@@ -120,6 +120,11 @@ def main() -> None:
     parser.add_argument("--device", default=common.DEFAULT_DEVICE)
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")
     parser.add_argument("--plot", action="store_true", help="draw the picture of results that are there")
+    parser.add_argument(
+        "--retime",
+        action="store_true",
+        help="time what results hold anew, and draw nothing; arguments as in their command",
+    )
     args = parser.parse_args()
     out = args.out / f"front-{args.use}.json"
     if args.plot:
@@ -150,6 +155,14 @@ def main() -> None:
     data = EmojiData()
     chosen = data.captions("test")[: args.count]
     print(f"{args.use} steps: {len(points)} points, {len(chosen)} captions", flush=True)
+    if args.retime:
+        results = read_results(out)
+        comparison.retime(results["rows"], points, args.rounds, [str(caption) for caption in chosen])
+        fresh = new_results(device=args.device)
+        results["clock"] = {name: fresh[name] for name in ("command", "commit", "machine")}
+        write_results(out, results | {"at": at_speedups(results["rows"])})
+        draw(results, IMAGES / f"front-{args.use}.png")
+        return
     results = new_results(
         device=args.device, split="test", feature_network="efflite0", backbone=describe(pipe), left_out=reasons
     )
