@@ -4,7 +4,8 @@ the intervals, beside fewer steps; and a stand-in that is fitted.
     python benchmarks/rests.py      # writes benchmarks/results/rests.json
 
 On validation captions, the embedded pipeline at 8 and 12 steps and its distilled form at 4 and 8. Horizons are those of
-`Reuse.forecast` without the share by which `Reuse.horizon` lowers it for few steps: that share is what this is to find.
+`Reuse.forecast`, and intervals grow by `Reuse.growth`, without what `Reuse.horizon` and `Reuse.spacing` take off for few steps:
+that is what this is to find.
 
 The fitted stand-in is an experiment, not a part of the library: at a step that rests, the last block's output is a linear map of
 what the first block is given now and of what it was given and the last block made a step (and two steps) before, one map for each
@@ -63,7 +64,8 @@ def settings(name: str, pipe: Any, steps: int, guidance: float, captions: Sequen
             for forecast in (0.0, 0.25, 0.5):
                 reuse = replace(routed.config.reuse, growth=growth, forecast=forecast)
                 whole = patch.object(Reuse, "horizon", lambda self, steps: self.forecast * steps)
-                with whole, routed.variant(reuse=reuse), routed.switched(True):
+                spaced = patch.object(Reuse, "spacing", lambda self, steps: self.growth)
+                with whole, spaced, routed.variant(reuse=reuse), routed.switched(True):
                     sl.set_budget(pipe, compute=compute)
                     drawn = comparison.call(captions, steps)
                     planned = sl.planned_ratio(pipe, steps)

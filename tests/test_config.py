@@ -105,7 +105,8 @@ def test_reuse_survives_json_and_an_older_file_has_the_defaults_of_new_fields() 
     assert RoutingConfig.from_dict(written).reuse == Reuse(forecast=0.75)
 
 
-def test_few_steps_are_not_forecast() -> None:
+def test_few_steps_are_spaced_evenly_and_not_forecast() -> None:
+    assert [Reuse(growth=3.0).spacing(steps) for steps in (1, 4, 6, 8, 25)] == [1.0, 1.0, 2.0, 3.0, 3.0]
     reuse = Reuse(forecast=0.5)
     assert [reuse.horizon(steps) for steps in (1, 4, 8, 12, 16, 25)] == [0.0, 0.0, 0.0, 3.0, 8.0, 12.5]
     assert Reuse(forecast=0.0).horizon(50) == 0.0

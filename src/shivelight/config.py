@@ -186,8 +186,8 @@ class Reuse:
         forecast: share of the steps up to which two runs of a block (or token) may lie apart for its residual to be taken to
             go on as it changed between them: wholly where they lie close, not at all where this far apart. 0 adds it as it
             was last, and so does any share in a generation of 8 steps and less (see `horizon`). Doubles the memory.
-        growth: where all blocks run at intervals, the last interval over the first; 1 spaces the runs evenly. Which is best
-            depends on the pipeline (`shivelight.evaluation.forecasting.search_reuse` finds out).
+        growth: where all blocks run at intervals, the last interval over the first, of 8 steps or more; 1 spaces them
+            evenly. Which is best depends on the pipeline (`shivelight.evaluation.forecasting.search_reuse` finds out).
         whole: what is forecast where blocks only rest together: the "output" of the last block, or the "residual" that all of
             them add.
     """
@@ -202,6 +202,11 @@ class Reuse:
     forecast: float = 0.25
     growth: float = 3.0
     whole: Literal["output", "residual"] = "output"
+
+    def spacing(self, steps: int) -> float:
+        """The last interval over the first in a generation of so many steps: `growth` from 8 on, 1 at 4 and less, in between a
+        part of it (docs/decisions/few-steps.md)."""
+        return 1.0 + (self.growth - 1.0) * min(1.0, max(0.0, (steps - 4) / 4))
 
     def horizon(self, steps: int) -> float:
         """How many steps apart two runs may lie for a forecast in a generation of so many: `forecast` of them from 16 on, none at

@@ -121,7 +121,7 @@ class StaleGates:
         return StalePlan((*whole[:warm], *(rest * cost for cost in whole[warm:])))
 
     def _runs(self, count: int, steps: int) -> set[int]:
-        return set(run_steps(count, steps, self.reuse.max_age, self.reuse.growth))
+        return set(run_steps(count, steps, self.reuse.max_age, self.reuse.spacing(steps)))
 
     def _at_intervals(self, whole: Sequence[float], fewest: int, left: float) -> tuple[float, ...]:
         """What each step may spend, where as many as possible run everything and the others nothing."""
