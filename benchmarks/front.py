@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from family_quality import judge, teacher_of
+from family_quality import FEWEST, judge, teacher_of
 from PIL import Image
 
 import shivelight as sl
@@ -126,6 +126,8 @@ def main() -> None:
         help="time what results hold anew, and draw nothing; arguments as in their command",
     )
     args = parser.parse_args()
+    if args.count < FEWEST:
+        parser.error(f"{args.count} captions; an interval of KID needs {FEWEST}")
     out = args.out / f"front-{args.use}.json"
     if args.plot:
         draw(read_results(out), IMAGES / f"front-{args.use}.png")
