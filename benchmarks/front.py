@@ -12,7 +12,6 @@ own front at that speed-up.
 """
 
 import argparse
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from family_quality import FEWEST, judge, teacher_of
-from PIL import Image
+from matplotlib.figure import Figure
 
 import shivelight as sl
 from shivelight.adapter_files import read_adapter, read_deltas
@@ -30,12 +29,13 @@ from shivelight.demo import pipeline as embedded
 from shivelight.demo.data import EmojiData
 from shivelight.errors import BudgetError
 from shivelight.evaluation.comparison import Comparison, OperatingPoint, Setting, point_key
+from shivelight.evaluation.fidelity import IDENTICAL_PSNR
 from shivelight.evaluation.pareto import Point, front, quality_at
 from shivelight.evaluation.peers import PEERS, peer_points
 from shivelight.evaluation.results import new_results, read_results, write_results
 from shivelight.evaluation.standard import adapter_points, training_free_points
 from shivelight.files import replacing
-from shivelight.report.plots import quality_latency
+from shivelight.report.style import is_ours, method_styles
 from shivelight.report.tables import quality_metrics
 
 OUT = Path("benchmarks/results")
@@ -78,7 +78,7 @@ def at_speedups(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str,
     for metric, more in METRICS.items():
         curves: dict[str, list[Point]] = {}
         for row in rows[1:]:
-            if metric in row:
+            if metric in row and row["psnr_to_dense"] < IDENTICAL_PSNR:  # it never left anything out
                 curves.setdefault(row["method"], []).append(Point(row["method"], dense / row["speedup"], row[metric]))
         for wanted in WANTED:
             for method, points in curves.items():
@@ -89,21 +89,41 @@ def at_speedups(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str,
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Fidelity and distance to the data against latency, side by side in one picture."""
-    figures = [quality_latency(results, metric) for metric in quality_metrics(results) if metric.key in METRICS]
-    pictures = []
-    for figure in figures:
-        if figure is not None:
-            buffer = io.BytesIO()
-            figure.savefig(buffer, dpi=110)
-            pictures.append(Image.open(buffer))
-    sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
-    left = 0
-    for picture in pictures:
-        sheet.paste(picture, (left, 0))
-        left += picture.width
+    """Each metric against the speed-up: every method's own front, what never left dense out."""
+    rows = [row for row in results["rows"] if row.get("psnr_to_dense", 0.0) < IDENTICAL_PSNR]
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"))
+    styles = method_styles(methods)
+    metrics = [metric for metric in quality_metrics(results) if metric.key in METRICS]
+    figure = Figure(figsize=(4.6 * len(metrics), 4.9), layout="constrained")
+    axes = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for place, metric in zip(axes, metrics, strict=True):
+        for method in methods:
+            known = [row for row in rows if row["method"] == method and metric.key in row]
+            points = [Point(method, 1 / row["speedup"], metric.scale * row[metric.key]) for row in known]
+            best = front(points, metric.higher_is_better)
+            ours, style = is_ours(method) and method.startswith("training-free"), styles[method]
+            place.plot(
+                [1 / point.latency_ms for point in best], [point.quality for point in best], style.line,
+                color=style.colour, marker=style.marker, markersize=7 if ours else 5, linewidth=2.2 if ours else 1.1,
+                alpha=1.0 if ours or method == "fewer-steps" else 0.65, zorder=3 if ours else 2, label=method,
+            )  # fmt: skip
+        dense = rows[0].get(metric.key)
+        if dense is not None:
+            place.axhline(metric.scale * dense, color="black", linewidth=0.8, linestyle=":")
+        place.set_xscale("log")
+        ticks = [0.8, 1, 1.2, 1.5, 2, 3, 4]
+        place.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+        place.set_xticks([], minor=True)
+        place.set_xlim(0.7, 4.5)
+        place.set_xlabel("speed-up of one generation (right is faster)")
+        place.set_title(f"{metric.title}, {'up' if metric.higher_is_better else 'down'} is better", fontsize=10)
+        place.grid(True, color="#d9dee3", linewidth=0.6)
+        for side in ("top", "right"):
+            place.spines[side].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5)
     with replacing(path) as unfinished:
-        sheet.save(unfinished, format="PNG")
+        figure.savefig(unfinished, dpi=110, format="png")
 
 
 def main() -> None:
@@ -119,7 +139,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default=common.DEFAULT_DEVICE)
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")
-    parser.add_argument("--plot", action="store_true", help="draw the picture of results that are there")
+    parser.add_argument("--plot", action="store_true", help="interpolate and draw what is there anew")
     parser.add_argument(
         "--retime",
         action="store_true",
@@ -130,7 +150,9 @@ def main() -> None:
         parser.error(f"{args.count} captions; an interval of KID needs {FEWEST}")
     out = args.out / f"front-{args.use}.json"
     if args.plot:
-        draw(read_results(out), IMAGES / f"front-{args.use}.png")
+        results = read_results(out)
+        write_results(out, results | {"at": at_speedups(results["rows"])})
+        draw(results, IMAGES / f"front-{args.use}.png")
         return
     common.quiet_libraries()
     if torch.device(args.device).type == "cpu":
