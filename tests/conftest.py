@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+# Some tests want the same bits from weights that have moved in memory. On AMD's processors MKL chooses kernels by where
+# tensors lie, unless it is told not to, before torch loads it; workers inherit this.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 import pytest
 import torch

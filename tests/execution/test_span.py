@@ -83,7 +83,7 @@ def test_memory_does_not_grow_with_depth(pipe: StableDiffusion3Pipeline, layers:
     held = []
     routed = routed_of(pipe)
     routed.observer = lambda *_: held.append(routed.residuals.megabytes)
-    walk(pipe, tiny_inputs(2), 4)
+    walk(pipe, tiny_inputs(2), 12)  # fewer steps are not forecast, which would take half of it
     assert held[-1] * 1e6 == BlockResiduals(torch.zeros(2, 64, 32), torch.zeros(2, 7, 32), 1.0).bytes
     sl.attach(pipe, sl.RoutingConfig.training_free(compute=0.5, axis="blocks", max_cache_mb=1e-6))
     walk(pipe, tiny_inputs(2), 4)

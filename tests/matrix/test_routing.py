@@ -199,7 +199,7 @@ def test_each_of_two_transformers_keeps_its_own_residuals_and_the_steps_of_both(
     pipe.register_modules(transformer_2=second)
     pipe.register_to_config(boundary_ratio=0.9)
     dense = call(pipe, 0, 1)
-    config = sl.RoutingConfig.training_free(compute=0.5, axis="blocks")
+    config = sl.RoutingConfig.training_free(compute=0.5, axis="blocks", growth=3.0)
     with pytest.raises(sl.UnsupportedBackboneError, match="two transformers.*pipeline=pipe"):
         sl.attach(pipe, config)
     seen = []
