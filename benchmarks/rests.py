@@ -53,7 +53,7 @@ def settings(name: str, pipe: Any, steps: int, guidance: float, captions: Sequen
                 method, budget, steps=count, planned_ratio=planned, samples=len(drawn), guidance=guidance, **figures
             )
         )
-        rows[-1] |= {"variant": ", ".join([name, *(f"{key} {value:g}" for key, value in more.items())])}
+        rows[-1] |= {"variant": name, **more}
 
     for compute in COMPUTES:
         fewer = max(1, round(compute * steps))
@@ -153,7 +153,7 @@ def fitted(captions: Sequence[str], fit_on: Sequence[str]) -> list[dict[str, Any
             figures = fidelity_to_dense(draw(captions, 0), dense).estimates()
             share = 1 - len(resting) / steps
             row = new_row(f"stand-in, {how}", {}, steps=steps, planned_ratio=share, samples=len(captions), **figures)
-            rows.append(row | {"variant": f"distilled, at rest: {', '.join(map(str, resting))}"})
+            rows.append(row | {"variant": "distilled", "resting": list(resting)})
             print(row["method"], resting, f"{row['psnr_to_dense']:.1f} dB", flush=True)
     stand_in.remove()
     return rows

@@ -102,6 +102,9 @@ def table(source: str) -> str:
         ),
         "budget": budget_label,
         "steps": lambda row: str(row.get("steps", "")),
+        "steps at rest": lambda row: ", ".join(str(step) for step in row.get("resting", [])),
+        "growth": lambda row: f"{row['growth']:g}" if "growth" in row else "",
+        "forecast": lambda row: f"{row['forecast']:g}" if "forecast" in row else "",
         "ms": lambda row: f"{row['latency_ms']['median']:.2f}" if "latency_ms" in row else "",
     }
     heads = {name: text for name, text in labels.items() if name == "method" or any(text(row) for row in rows)}
