@@ -69,11 +69,11 @@ def iqr(values: Sequence[float]) -> float:
 def predicted_speedup(model: Any, budget: dict[str, float], steps: tuple[float, ...]) -> tuple[float, float, float]:
     """(speed-up, milliseconds of a generation, share of the FLOPs) that the table promises for the plan that was chosen."""
     routed = routed_of(model)
-    settled = routed.timing.settled(routed.budget, steps, routed.timing.load)
-    table = routed.timing.stopwatch(routed.timing.load, False)
-    request = routed.request(steps, routed.timing.load.tokens, routed.timing.load.text_tokens, settled)
+    settled = routed.settling.settled(routed.budget, steps, routed.settling.load)
+    table = routed.settling.stopwatch(routed.settling.load, False)
+    request = routed.request(steps, routed.settling.load.tokens, routed.settling.load.text_tokens, settled)
     ms = predicted_ms(routed, table, request, settled)
-    return table.dense_ms / ms, ms * len(steps) * passes_per_step(routed, routed.timing.load.branch), settled.value
+    return table.dense_ms / ms, ms * len(steps) * passes_per_step(routed, routed.settling.load.branch), settled.value
 
 
 def judged(

@@ -50,6 +50,24 @@ def load(path: Path) -> dict[str, Any] | None:
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
+def capture(**parts: Any) -> dict[str, Any]:
+    """The states of modules, optimizers and the like by name, for `save`; of a list, those of its members."""
+    return {
+        name: [member.state_dict() for member in part] if isinstance(part, list) else part.state_dict()
+        for name, part in parts.items()
+    }
+
+
+def resume(path: Path, **parts: Any) -> dict[str, Any]:
+    """Give the parts what `capture` took of them; returns all that was saved, nothing where training has not begun."""
+    state = load(path) or {}
+    for name, part in parts.items() if state else ():
+        members, saved = (part, state[name]) if isinstance(part, list) else ([part], [state[name]])
+        for member, own in zip(members, saved, strict=True):
+            member.load_state_dict(own)
+    return state
+
+
 def to_tensor(images: list[Image.Image]) -> torch.Tensor:
     """RGB pictures to a float tensor [B, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -150,13 +150,9 @@ def main() -> None:
     student = nn.ModuleDict({"transformer": copy.deepcopy(pipe.transformer).train().requires_grad_(True)})
     average = copy.deepcopy(student).requires_grad_(False)
     optimizers = build_optimizers(student, args.lr)
-    start, seconds = 0, 0.0
-    if state := checkpoint.load(args.work / "state.pt"):
-        student.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        start, seconds = state["step"], state["seconds"]
+    parts = {"model": student, "average": average, "optimizers": optimizers}
+    state = checkpoint.resume(args.work / "state.pt", **parts)
+    start, seconds = state.get("step", 0), state.get("seconds", 0.0)
     chunks = []
     while (found := checkpoint.load(args.work / f"trajectories-{len(chunks):04d}.pt")) is not None:
         chunks.append((found["states"], found["picks"]))
@@ -214,9 +210,8 @@ def main() -> None:
             print(f"step {step} loss {smooth:.4f} chunks {len(chunks)} {spent / 60:.1f} min", flush=True)
         last = step + 1 == args.steps or progress >= 1.0
         if (step + 1) % args.export == 0 or last:
-            state = {"model": student.state_dict(), "average": average.state_dict(), "step": step + 1}
-            state |= {"optimizers": [o.state_dict() for o in optimizers], "seconds": seconds + time.time() - began}
-            checkpoint.save(args.work / "state.pt", state)
+            spent = seconds + time.time() - began
+            checkpoint.save(args.work / "state.pt", checkpoint.capture(**parts) | {"step": step + 1, "seconds": spent})
             few = export(pipe, average["transformer"], record, args.work / "pipeline")
             near = judge(pipe, few, captions["validation"][:32], args.few, args.work / f"preview-{step + 1}.png")
             print(f"step {step + 1}: {near:.2f} dB to the teacher", flush=True)

@@ -125,9 +125,7 @@ def main() -> None:
     )
     if levels := few_levels(args.pipeline):
         # Drawn without guidance, so no caption is ever empty; and what it predicts is no velocity towards the data.
-        config = dataclasses.replace(
-            config, levels=levels, caption_drop=0.0, flow_weight=0.0, schedule_points=len(levels)
-        )
+        config = dataclasses.replace(config, levels=levels, caption_drop=0.0, flow_weight=0.0)
     deltas = DeltaConfig(args.rank, float(args.rank))
     refreshing = BlockRouting(closed="reuse", widths=(1.0,))
     measured = dataclasses.replace(

@@ -80,12 +80,8 @@ def main() -> None:
     model = build().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.steps, pct_start=0.05)
-    start = 0
-    if state := checkpoint.load(args.work / "state.pt"):
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        start = state["step"]
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    start = checkpoint.resume(args.work / "state.pt", **parts).get("step", 0)
     pool = render_pool(POOL)
     train, held_out = pool[64:], pool[:64]
     began = time.time()
@@ -102,12 +98,7 @@ def main() -> None:
             psnr = 10 * torch.log10(4 / error)
             print(f"step {step} loss {loss.item():.4f} psnr {psnr.item():.2f} {time.time() - began:.0f} s", flush=True)
         if (step + 1) % 250 == 0 or step + 1 == args.steps:
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-            }
-            checkpoint.save(args.work / "state.pt", state | {"step": step + 1})
+            checkpoint.save(args.work / "state.pt", checkpoint.capture(**parts) | {"step": step + 1})
     report(model, (held_out.float() / 127.5 - 1).to(device), args.work)
 
 

@@ -134,12 +134,8 @@ def main() -> None:
     judged = render(data, held_out, VALIDATION_SEED).to(device)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=args.lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.1)
-    start = 0
-    if state := checkpoint.load(args.work / "state.pt"):
-        scorer.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        start = state["step"]
+    parts = {"model": scorer, "optimizer": optimizer, "schedule": schedule}
+    start = checkpoint.resume(args.work / "state.pt", **parts).get("step", 0)
     began = time.time()
     for step in range(start, args.steps):
         generator = torch.Generator().manual_seed(step)
@@ -166,12 +162,7 @@ def main() -> None:
                 f"concept {named:.3f}, background {placed:.3f}; {time.time() - began:.0f} s",
                 flush=True,
             )
-            state = {
-                "model": scorer.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-            }
-            checkpoint.save(args.work / "state.pt", state | {"step": step + 1})
+            checkpoint.save(args.work / "state.pt", checkpoint.capture(**parts) | {"step": step + 1})
     save_scorer(scorer.cpu(), args.out)
 
 

@@ -153,13 +153,9 @@ def main() -> None:
         teacher.load_weights(args.init)
     average = copy.deepcopy(teacher).requires_grad_(False)
     optimizers = build_optimizers(teacher, args.lr)
-    start, seconds = 0, 0.0
-    if state := checkpoint.load(args.work / "state.pt"):
-        teacher.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        start, seconds = state["step"], state.get("seconds", 0.0)
+    parts = {"model": teacher, "average": average, "optimizers": optimizers}
+    state = checkpoint.resume(args.work / "state.pt", **parts)
+    start, seconds = state.get("step", 0), state.get("seconds", 0.0)
     predict = torch.compile(teacher) if args.compile else teacher
     checkpoint.use_plain_attention(device)
     size = sum(p.numel() for p in teacher.parameters()) / 1e6
@@ -193,9 +189,8 @@ def main() -> None:
             left = (args.steps - step) * pace if args.minutes is None else 60 * args.minutes - spent
             print(f"step {step} loss {smooth:.4f} {pace:.2f} s/step, {left / 60:.0f} min left", flush=True)
         if (step + 1) % args.export == 0 or last:
-            state = {"model": teacher.state_dict(), "average": average.state_dict(), "step": step + 1}
-            state |= {"optimizers": [o.state_dict() for o in optimizers], "seconds": seconds + time.time() - began}
-            checkpoint.save(args.work / "state.pt", state)
+            spent = seconds + time.time() - began
+            checkpoint.save(args.work / "state.pt", checkpoint.capture(**parts) | {"step": step + 1, "seconds": spent})
             pipe = export(average, vae, record, args.work / "pipeline")
             images = teacher.sample(pipe, validation[: args.previews])
             checkpoint.grid(images * 2 - 1, 8).save(args.work / f"preview-{step + 1}.png")

@@ -231,9 +231,9 @@ def _tables(model: Any) -> Any:
     """Where the latency tables of an attached model come from, from now on."""
     backbone, _ = _backbone_of(model)
     routed = routed_of(backbone)
-    if routed.timing.stopwatch is None:
-        routed.timing.stopwatch = Tables(weakref.ref(backbone), routed)
-    return routed.timing.stopwatch
+    if routed.settling.stopwatch is None:
+        routed.settling.stopwatch = Tables(weakref.ref(backbone), routed)
+    return routed.settling.stopwatch
 
 
 def compile(model: Any, *, lengths: Lengths = "auto", **options: Any) -> Any:
@@ -276,8 +276,8 @@ def current_schedule(model: Any, steps: int | None = None) -> Schedule:
     if routed.config.tokens is None:
         raise BudgetError("The attached adapter has no token routing, so there is no schedule.")
     times, budget = _timesteps(routed, steps), routed.budget
-    if budget.timed and routed.timing.load is not None:
-        budget = routed.timing.settled(budget, times, routed.timing.load) or budget
+    if budget.timed and routed.settling.load is not None:
+        budget = routed.settling.settled(budget, times, routed.settling.load) or budget
     return routed.schedule(routed.request(times, *routed.shape, budget))
 
 
@@ -360,9 +360,9 @@ def summary(model: Any) -> str:
 
 def _comes_to(routed: Routed) -> str:
     """What a budget of time is in FLOPs for the next generation, where that is known."""
-    if not routed.budget.timed or routed.timing.load is None:
+    if not routed.budget.timed or routed.settling.load is None:
         return ""
-    settled = routed.timing.settled(routed.budget, _timesteps(routed, None), routed.timing.load)
+    settled = routed.settling.settled(routed.budget, _timesteps(routed, None), routed.settling.load)
     return "" if settled is None else f" (compute = {settled.value})"
 
 

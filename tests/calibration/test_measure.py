@@ -114,12 +114,12 @@ def test_a_speedup_is_settled_when_a_generation_begins(pipe, sample) -> None:  #
     sl.attach(pipe)
     routed = routed_of(pipe)
     sl.set_budget(pipe, speedup=1.5)
-    routed.timing.stopwatch = known = Known(routed)
+    routed.settling.stopwatch = known = Known(routed)
     assert "known once a picture was made" in sl.summary(pipe) and sl.planned_ratio(pipe) is None
     with pytest.raises(BudgetError, match="known once a picture was made"):
         sl.current_schedule(pipe)
     first = sample(pipe, ["a"])
-    settled = routed.timing.settlement[1]
+    settled = routed.settling.settlement[1]
     assert settled.kind == "compute" and 0.5 < settled.value < 0.95
     assert known.asked[0] == (Load(64, 32, 2, "both"), True) and len(known.asked) == 1, "once a generation"
     spent = routed.spending.ratio
@@ -139,7 +139,7 @@ def test_a_speedup_is_settled_when_a_generation_begins(pipe, sample) -> None:  #
 def test_a_time_out_of_reach_is_said_when_the_generation_begins(pipe, sample) -> None:  # noqa: ANN001
     sl.attach(pipe)
     sl.set_budget(pipe, speedup=500)
-    routed_of(pipe).timing.stopwatch = Known(routed_of(pipe))
+    routed_of(pipe).settling.stopwatch = Known(routed_of(pipe))
     with pytest.raises(BudgetError, match="speedup=500 cannot be reached.*The nearest is") as caught:
         sample(pipe, ["a"])
     sl.set_budget(pipe, speedup=caught.value.nearest)
@@ -157,7 +157,7 @@ def test_measured_on_the_spot_the_picture_is_that_of_its_budget(pipe, sample, ax
         assert "The nearest is" in str(error)
         return
     assert len(list(folder.rglob("*.json"))) == 1
-    sl.set_budget(pipe, compute=routed.timing.settlement[1].value)
+    sl.set_budget(pipe, compute=routed.settling.settlement[1].value)
     assert torch.equal(sample(pipe, ["a"], steps=6), first), "measuring leaves no trace in the generation"
 
 
@@ -167,7 +167,7 @@ def test_a_bare_transformer_has_a_budget_of_its_passes(pipe) -> None:  # noqa: A
     sl.attach(pipe.transformer)
     routed = routed_of(pipe.transformer)
     sl.set_budget(pipe.transformer, latency_ms=20.0)
-    routed.timing.stopwatch = Known(routed)
+    routed.settling.stopwatch = Known(routed)
     with torch.no_grad():
         pipe.transformer(**tiny_inputs(2, 500.0))
     assert routed.in_force.kind == "compute" and routed.in_force.value < 0.8
@@ -178,7 +178,7 @@ def test_speedup_1_runs_everything_without_a_table(pipe, sample) -> None:  # noq
     sl.attach(pipe)
     sl.set_budget(pipe, speedup=1.0)
     assert torch.equal(sample(pipe, ["a"]), dense)
-    assert routed_of(pipe).timing.load is not None and sl.planned_ratio(pipe) == 1.0
+    assert routed_of(pipe).settling.load is not None and sl.planned_ratio(pipe) == 1.0
 
 
 def test_calibrate_measures_the_shape_it_is_asked_for(pipe, folder: Path) -> None:  # noqa: ANN001

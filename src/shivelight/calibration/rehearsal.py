@@ -16,8 +16,8 @@ from shivelight.execution.planning import Budget
 from shivelight.execution.pricing import Load
 from shivelight.execution.reuse import BlockResiduals
 from shivelight.execution.routed import Routed
+from shivelight.execution.settling import Settling
 from shivelight.execution.stale import StaleGates
-from shivelight.execution.timing import Timing
 
 _STEPS = 50
 
@@ -58,7 +58,7 @@ def rehearsal(routed: Routed, clock: Standing) -> Iterator[None]:
         "residuals",
         "spending",
         "budget",
-        "timing",
+        "settling",
         "shape",
         "shape_seen",
         "enabled",
@@ -70,7 +70,7 @@ def rehearsal(routed: Routed, clock: Standing) -> Iterator[None]:
     of_gates = None if gates is None else (gates.outputs, gates.cap)
     routed.clock, routed.residuals, routed.observer = clock, routed._new_residuals(), None
     # Any budget that does not run everything goes the whole way.
-    routed.budget, routed.timing = Budget("compute", 0.99), Timing(routed)
+    routed.budget, routed.settling = Budget("compute", 0.99), Settling(routed)
     if routed.stale is not None:
         assert routed.config.blocks is not None
         assert routed.config.reuse is not None

@@ -196,8 +196,8 @@ def usual_load(routed: Routed, samples: int | None = None, guided: bool | None =
         guided: whether its pipeline guides; None: as in the last one, or if the family does so in one batch.
     """
     tokens, text_tokens = routed.shape
-    if routed.timing.load is not None and samples is None and guided is None:
-        return routed.timing.load
+    if routed.settling.load is not None and samples is None and guided is None:
+        return routed.settling.load
     samples = samples or 1
     mode = "none" if routed.clock.pipeline is None else routed.spec.guidance
     if mode == "batched" and guided is not False:

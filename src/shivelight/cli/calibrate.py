@@ -120,8 +120,8 @@ def method_of(pipe: Any) -> str:
 def measured(comparison: Comparison, batch: int, seconds: float) -> LatencyTable:
     """The table of passes as this pipeline's calls make them."""
     pipe = comparison.pipe
-    with common.progress_bar("one step, to see the passes", 1) as advance:
-        comparison.call([comparison.any] * batch, 1)
+    with common.progress_bar("two steps, to see the passes", 1) as advance:
+        comparison.look(batch)
         advance()
     with common.progress_bar("timing", None) as advance:
         return sl.calibrate(pipe, seconds=seconds, anew=True, progress=advance)

@@ -40,7 +40,7 @@ StepsOption = Annotated[
 ]
 GuidanceOption = Annotated[float, typer.Option(help="Classifier-free guidance scale.")]
 PrecisionOption = Annotated[
-    Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Precision of the pipeline.")
+    Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Precision of what is run.")
 ]
 AdapterOption = Annotated[str | None, typer.Option(help="Folder or hub id of an adapter; the embedded one by default.")]
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,7 +147,7 @@ def say(text: str) -> None:
 
 
 # Head, figure of a row, digits, suffix and scale.
-FIGURES = (
+_COLUMNS = (
     ("planned", "planned_ratio", 3, "", 1.0),
     ("speed-up", "speedup", 2, "x", 1.0),
     ("end to end", "speedup_end_to_end", 2, "x", 1.0),
@@ -166,7 +166,7 @@ FIGURES = (
 def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
     """The table that people read, of the figures that some row has; the JSON has more."""
     table = Table(title=title, title_justify="left")
-    figures = [figure for figure in FIGURES if any(figure[1] in row for row in rows)]
+    figures = [figure for figure in _COLUMNS if any(figure[1] in row for row in rows)]
     for head in ("method", "budget"):
         table.add_column(head, no_wrap=True)
     for head in ("steps", *(figure[0] for figure in figures)):

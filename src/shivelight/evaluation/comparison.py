@@ -235,6 +235,11 @@ class Comparison:
         images = draw(self.pipe, captions, seeds, steps, setting.guidance, output_type="pt", **setting.options)
         return images.float().clamp(0, 1).cpu()
 
+    def look(self, samples: int = 1) -> None:
+        """The shortest generation, for what is known once a step has run. Not of one step: a scheduler that stretches its noise
+        levels to a last one (shift_terminal) divides by zero then."""
+        self.call([self.any] * samples, 2)
+
     def pictures(self, point: OperatingPoint, captions: Sequence[str], progress: Progress | None = None) -> Tensor:
         """All captions at one operating point [n, 3, H, W]; what block routing spent on them is noted in `realised`."""
         parts, flops, dense = [], 0.0, 0.0
@@ -265,12 +270,11 @@ class Comparison:
         if not point.budget:
             return point.steps / self.setting.steps
         if not self.routed.shape_seen:
-            # The length of the text is known once a step has run; so few can keep no budget. Not one: a scheduler that stretches
-            # its noise levels to a last one (shift_terminal) divides by zero then.
+            # So few steps can keep no budget.
             budget, self.routed.budget = self.routed.budget, Budget("keep", 1.0)
             try:
                 with self.routed.switched(True):
-                    self.call([self.any], 2)
+                    self.look()
             finally:
                 self.routed.budget = budget
         if point.plan is not None:

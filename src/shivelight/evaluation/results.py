@@ -30,6 +30,7 @@ FIGURES = frozenset(
         "kid",
         "fd",
         "kid_to_finetuned",
+        "kid_to_dense",
         "realised",
         "caption_agreement",
         "agreement_to_dense",

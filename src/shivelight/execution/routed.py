@@ -23,8 +23,8 @@ from shivelight.execution.pricing import Forced, Load
 from shivelight.execution.reuse import BlockResiduals, ResidualCache
 from shivelight.execution.scoring import TokenScorer
 from shivelight.execution.sessions import GateSession, Observer, Session
+from shivelight.execution.settling import Settling
 from shivelight.execution.stale import StaleGates, StalePlan
-from shivelight.execution.timing import Timing
 from shivelight.routing import RatioPolicy, Schedule, TokenRouter
 
 NAME = "shivelight"
@@ -85,7 +85,7 @@ class Routed(nn.Module):
         self.shape_seen = False
         # Kinds of all blocks, by where their spec says they are.
         self.kinds = tuple(kind.path for kind, _ in blocks)
-        self.timing = Timing(self)
+        self.settling = Settling(self)
         # While blocks are timed: what each of them does, whatever was decided.
         self.forced: Forced | None = None
         self.enabled = True
@@ -157,7 +157,7 @@ class Routed(nn.Module):
     @property
     def in_force(self) -> Budget:
         """The budget of this pass, of tokens or FLOPs: one of time, once it is settled, as what it comes to."""
-        return self.timing.in_force
+        return self.settling.in_force
 
     @contextmanager
     def switched(self, enabled: bool) -> Iterator[None]:
@@ -268,9 +268,9 @@ class Routed(nn.Module):
         where nothing is known of them, or of the times that the budget is about."""
         budget = budget or self.budget
         if budget.timed:
-            load = self.timing.load
+            load = self.settling.load
             load = None if load is None else replace(load, tokens=tokens, text_tokens=text_tokens)
-            settled = None if load is None else self.timing.settled(budget, steps, load)
+            settled = None if load is None else self.settling.settled(budget, steps, load)
             if settled is None:
                 return None
             budget = settled
@@ -406,7 +406,7 @@ class Routed(nn.Module):
     def kept_counts(self, block: int, batch: int, tokens: int, text_tokens: int) -> tuple[int, ...]:
         """How many tokens each sample keeps in this block now: one number where all agree, else one for each sample."""
         self.shape, self.shape_seen = (tokens, text_tokens), True
-        self.timing.begin(Load(tokens, text_tokens, batch, self.context.branch))
+        self.settling.begin(Load(tokens, text_tokens, batch, self.context.branch))
         if self.in_force.everything or self.config.tokens is None:
             return (tokens,)
         place = block - self.routed[0]

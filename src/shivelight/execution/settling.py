@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from shivelight.execution.routed import Routed
 
 
-class Timing:
+class Settling:
     """Settles budgets of time: once for a generation; for a bare transformer, once for each kind of pass.
 
     Args:
