@@ -28,7 +28,7 @@ from shivelight.cli.evaluate import describe
 from shivelight.demo import pipeline as embedded
 from shivelight.demo.data import EmojiData
 from shivelight.errors import BudgetError
-from shivelight.evaluation.comparison import Comparison, OperatingPoint, Setting, point_key
+from shivelight.evaluation.comparison import Adapter, Comparison, OperatingPoint, Setting, point_key
 from shivelight.evaluation.fidelity import IDENTICAL_PSNR
 from shivelight.evaluation.pareto import Point, front, quality_at
 from shivelight.evaluation.peers import PEERS, peer_points
@@ -43,6 +43,8 @@ IMAGES = Path("docs/images")
 WANTED = (1.2, 1.5, 2.0, 3.0)
 # Metrics that are interpolated, and whether more is better.
 METRICS = {"psnr_to_dense": True, "kid": False, "caption_agreement": True}
+# Share of the dense FLOPs that the maps of steps at rest may take.
+MAPS = 0.02
 # Steps with which our budgets are taken together.
 FEWER = {25: (16, 10), 8: (6,), 4: (3,)}
 
@@ -54,11 +56,20 @@ def ours(comparison: Comparison, adapters: Sequence[Path], computes: Sequence[fl
     for compute in computes:
         points += training_free_points(comparison, compute=compute)[0]
         for adapter in loaded:
-            points += adapter_points(comparison, adapter, ablations=False, compute=compute)
+            # What was fitted adds to what runs: the same steps run as without it.
+            more = 0.0 if adapter[0].config.stand_ins is None else MAPS
+            points += adapter_points(comparison, adapter, ablations=False, compute=round(compute + more, 4))
     steps = comparison.setting.steps
     # What rests together is cheapest, so it is what people would combine.
-    both = [replace(p, steps=fewer) for fewer in FEWER[steps] for p in points if p.method == "training-free-blocks"]
+    together = {"training-free-blocks": range(1, steps), "blocks-fitted": fitted_steps(loaded)}
+    both = [replace(p, steps=n) for n in FEWER[steps] for p in points if n in together.get(p.method, ())]
     return [point for point in (*points, *both) if served(comparison, point)]
+
+
+def fitted_steps(adapters: Sequence[Adapter]) -> set[int]:
+    """Numbers of steps that maps were fitted for."""
+    settings = [routed.config.stand_ins for routed, _ in adapters if routed.config.stand_ins is not None]
+    return {plan.steps for setting in settings for plan in setting.plans}
 
 
 def served(comparison: Comparison, point: OperatingPoint) -> bool:
@@ -139,6 +150,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default=common.DEFAULT_DEVICE)
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")
+    parser.add_argument(
+        "--add", action="store_true", help="judge what results lack alone; other arguments as in their command"
+    )
     parser.add_argument("--plot", action="store_true", help="interpolate and draw what is there anew")
     parser.add_argument(
         "--retime",
@@ -190,8 +204,19 @@ def main() -> None:
     results = new_results(
         device=args.device, split="test", feature_network="efflite0", backbone=describe(pipe), left_out=reasons
     )
+    if args.add:
+        earlier = read_results(out)
+        there = {point_key(row) for row in earlier["rows"][1:]}
+        points = [point for point in points if point_key(point) not in there]
+        fresh = {name: results[name] for name in ("command", "commit", "machine")}
+        results = earlier | {"added": [*earlier.get("added", []), fresh]}
+        rows = judge(comparison, points, data, chosen, args.rounds)
+        next(rows)  # dense is there
+        points = points[1:]
+    else:
+        rows = judge(comparison, points, data, chosen, args.rounds)
     shown = ("planned_ratio", "speedup", "psnr_to_dense", "kid", "kid_to_dense", "caption_agreement", "named")
-    for point, row in zip(points, judge(comparison, points, data, chosen, args.rounds), strict=True):
+    for point, row in zip(points, rows, strict=True):
         results["rows"].append(row)
         print(point.name, {name: round(row[name], 4) for name in shown if name in row}, flush=True)
         write_results(out, results | {"at": at_speedups(results["rows"])})

@@ -1,5 +1,5 @@
 """Where few steps are taken, which of them may rest, and what stands in for those that do: the forecast's horizon and the growth of
-the intervals, beside fewer steps; and a stand-in that is fitted.
+the intervals, beside fewer steps; and what is fitted to stand in.
 
     python benchmarks/rests.py      # writes benchmarks/results/rests.json
 
@@ -7,9 +7,8 @@ On validation captions, the embedded pipeline at 8 and 12 steps and its distille
 `Reuse.forecast`, and intervals grow by `Reuse.growth`, without what `Reuse.horizon` and `Reuse.spacing` take off for few steps:
 that is what this is to find.
 
-The fitted stand-in is an experiment, not a part of the library: at a step that rests, the last block's output is a linear map of
-what the first block is given now and of what it was given and the last block made a step (and two steps) before, one map for each
-step, by ridge regression on 96 generations of training captions:  o_t = W_t [x_t, x_(t-1), o_(t-1), x_(t-2), o_(t-2), 1].
+What is fitted (`shivelight.fit_stand_ins`) stands beside the last output at 4 steps of the distilled form, by the number of prompts
+(captions of the training split) and the rank of its maps.
 """
 
 import argparse
@@ -35,8 +34,8 @@ from shivelight.evaluation.results import new_results, new_row, write_results
 OUT = Path("benchmarks/results/rests.json")
 OPTIONS = {"max_sequence_length": embedded.TEXT_TOKENS}
 COMPUTES = (0.8, 0.65, 0.5)
-FIT, SEED = 96, 5_000_000  # generations, and the seed of the first
-RIDGE = 1e-3  # of the mean square of the inputs
+FEW_COMPUTES = (0.75, 0.5, 0.25)
+FITS = ((12, 64), (48, 64), (192, 64), (192, 8))  # prompts and rank
 
 
 def settings(name: str, pipe: Any, steps: int, guidance: float, captions: Sequence[str]) -> list[dict[str, Any]]:
@@ -73,89 +72,34 @@ def settings(name: str, pipe: Any, steps: int, guidance: float, captions: Sequen
     return rows
 
 
-class StandIn:
-    """In the place of all blocks at some steps; the blocks run all the same, this is for quality alone.
-
-    Args:
-        pipe: an SD3 pipeline.
-    """
-
-    def __init__(self, pipe: Any) -> None:
-        self.step, self.resting, self.how = 0, (), "fitted"
-        self.seen: dict[int, dict[str, Tensor]] = {}
-        self.weights: dict[int, Tensor] = {}
-        blocks = pipe.transformer.transformer_blocks
-        self.handles = [
-            pipe.transformer.register_forward_pre_hook(self._begin),
-            blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True),
-            blocks[-1].register_forward_hook(self._leave),
-        ]
-
-    def begin(self) -> None:
-        """A generation begins."""
-        self.step, self.seen = -1, {}
-
-    def remove(self) -> None:
-        """Leave the pipeline as it was."""
-        for handle in self.handles:
-            handle.remove()
-
-    def _begin(self, *_: Any) -> None:
-        self.step += 1
-
-    def _enter(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.seen[self.step] = {"x": kwargs["hidden_states"]}
-
-    def _leave(self, module: Any, args: tuple, output: tuple[Any, Tensor]) -> tuple[Any, Tensor]:
-        image = output[1]
-        if self.step in self.resting:
-            last = self.seen[self.step - 1]["o"]
-            image = last if self.how == "last" else self.inputs(self.step) @ self.weights[self.step]
-        self.seen[self.step]["o"] = image
-        return output[0], image
-
-    def inputs(self, step: int) -> Tensor:
-        """What is known at a step that rests, [B, N, 3 D + 1] or [B, N, 5 D + 1]."""
-        parts = [self.seen[step]["x"]]
-        for earlier in range(step - 1, max(-1, step - 3), -1):
-            parts += [self.seen[earlier]["x"], self.seen[earlier]["o"]]
-        return torch.cat([*parts, torch.ones_like(parts[0][..., :1])], dim=-1)
-
-
 def fitted(captions: Sequence[str], fit_on: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of the distilled pipeline with steps at rest, whose output stays as it was or is fitted."""
+    """Rows of the distilled pipeline with what stands in at steps at rest as it last was, and fitted on more and fewer prompts."""
     pipe = embedded.load_few_step(common.DEFAULT_DEVICE)
-    steps, stand_in = embedded.FEW_STEPS, StandIn(pipe)
+    steps, rows = embedded.FEW_STEPS, []
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks"))
+    comparison = Comparison(pipe, Setting(steps, 1.0, 0, len(captions), OPTIONS))
+    dense = comparison.pictures(comparison.dense(), captions)
 
-    def draw(texts: Sequence[str], seed: int) -> Tensor:
-        stand_in.begin()
-        seeds = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
-        drawn = pipe(
-            list(texts), num_inference_steps=steps, guidance_scale=1.0, generator=seeds, output_type="pt", **OPTIONS
-        )
-        return drawn.images.float().cpu().clamp(0, 1)
+    def row(method: str, compute: float, **more: Any) -> None:
+        drawn = comparison.pictures(comparison.routed_point(method, compute=compute), captions)
+        sl.set_budget(pipe, compute=compute)
+        rows.append(
+            new_row(
+                method, {"compute": compute}, steps=steps, guidance=1.0, planned_ratio=sl.planned_ratio(pipe, steps),
+                samples=len(captions), **fidelity_to_dense(drawn, dense).estimates(),
+            )
+            | {"variant": "distilled", **more}
+        )  # fmt: skip
+        print(method, compute, more, f"{rows[-1]['psnr_to_dense']:.1f} dB", flush=True)
 
-    products: dict[int, list[Tensor]] = {}
-    for first in range(0, FIT, 24):
-        draw(fit_on[first : first + 24], SEED + first)
-        for step in range(1, steps):
-            known = stand_in.inputs(step).flatten(0, 1).double()
-            made = stand_in.seen[step]["o"].flatten(0, 1).double()
-            own = products.setdefault(step, [torch.zeros(()), torch.zeros(())])
-            own[0], own[1] = own[0] + known.T @ known, own[1] + known.T @ made
-    for step, (square, cross) in products.items():
-        ridge = RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
-        stand_in.weights[step] = torch.linalg.solve(square + ridge, cross).float()
-    dense, rows = draw(captions, 0), []
-    for resting in ((1,), (2,), (3,), (1, 3), (2, 3), (1, 2, 3)):
-        for how in ("last", "fitted"):
-            stand_in.resting, stand_in.how = resting, how
-            figures = fidelity_to_dense(draw(captions, 0), dense).estimates()
-            share = 1 - len(resting) / steps
-            row = new_row(f"stand-in, {how}", {}, steps=steps, planned_ratio=share, samples=len(captions), **figures)
-            rows.append(row | {"variant": "distilled", "resting": list(resting)})
-            print(row["method"], resting, f"{row['psnr_to_dense']:.1f} dB", flush=True)
-    stand_in.remove()
+    for compute in FEW_COMPUTES:
+        row("training-free-blocks", compute)
+    for prompts, rank in FITS:
+        sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks"))
+        for found in sl.fit_stand_ins(
+            pipe, fit_on[:prompts], steps=steps, computes=FEW_COMPUTES, guidance=1.0, rank=rank, **OPTIONS
+        ):
+            row("blocks-fitted", found.compute, prompts=prompts, rank=rank, left=list(found.left))
     return rows
 
 
@@ -172,7 +116,10 @@ def main() -> None:
     results = new_results(
         device=device, split="validation", backbone={"class": "the embedded pipeline and its distilled form"}
     )
-    results["rows"] = fitted(captions, [str(caption) for caption in data.captions("train")[:FIT]])
+    known = [str(caption) for caption in data.captions("train")]
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(1)).tolist()
+    results["rows"] = fitted(captions, [known[place] for place in order[: max(prompts for prompts, _ in FITS)]])
+    write_results(args.out, results)
     for name, steps in (("distilled", 4), ("distilled", 8), ("teacher", 8), ("teacher", 12)):
         few = name == "distilled"
         pipe = (embedded.load_few_step if few else embedded.load_pipeline)(device, torch.bfloat16)

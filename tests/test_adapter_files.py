@@ -158,6 +158,16 @@ def test_deltas_are_read_without_attaching_and_from_the_backbones_own_weights(
         read_deltas(pipe, tmp_path / "without")
 
 
+def test_a_backbone_that_was_loaded_by_a_path_saves_its_name(
+    pipe: StableDiffusion3Pipeline, tiny_folder: Path, tmp_path: Path
+) -> None:
+    transformer = type(pipe.transformer).from_pretrained(tiny_folder / "transformer")  # keeps the Path
+    sl.attach(transformer)
+    sl.save_adapter(transformer, tmp_path)
+    stored = json.loads((tmp_path / CONFIG_NAME).read_text())
+    assert stored["base_model_name_or_path"] == str(tiny_folder / "transformer")
+
+
 def test_the_model_card_names_the_base_and_the_way_to_load(folder: Path) -> None:
     card = model_card(json.loads((folder / CONFIG_NAME).read_text()), "| keep | PSNR |")
     assert "library_name: shivelight" in card and "sl.load_adapter" in card and "| keep | PSNR |" in card

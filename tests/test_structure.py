@@ -16,7 +16,9 @@ ALLOWED = {
     "cost": {"backbones", "errors"},
     "measurement": {"measurement", "errors"},
     "calibration": {"calibration", "measurement", "execution", "backbones", "routing", "config", "files", "errors"},
-    "adapter": {"calibration", "execution", "backbones", "routing", "config", "errors"},
+    "adapter": {"execution", "backbones", "config", "errors"},
+    "budgets": {"adapter", "calibration", "execution", "routing", "config", "pipelines", "errors"},
+    "pipelines": {"errors"},
     "config": {"errors"},
     "files": set(),
 }

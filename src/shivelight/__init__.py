@@ -1,20 +1,11 @@
 """Shivelight makes Diffusion Transformers compute only where it matters."""
 
-from shivelight.adapter import (
-    attach,
-    branch,
-    calibrate,
-    compile,
-    current_schedule,
-    dense,
-    detach,
-    planned_ratio,
-    set_budget,
-    summary,
-)
+from shivelight.adapter import attach, branch, compile, dense, detach
 from shivelight.adapter_files import load_adapter, push_to_hub, save_adapter
 from shivelight.backbones import BackboneSpec, register_backbone
-from shivelight.config import BlockRouting, DeltaConfig, Reuse, RoutingConfig, TokenRouting
+from shivelight.budgets import calibrate, current_schedule, fit_stand_ins, planned_ratio, set_budget, summary
+from shivelight.calibration import FittedRests
+from shivelight.config import BlockRouting, DeltaConfig, RestPlan, Reuse, RoutingConfig, StandIns, TokenRouting
 from shivelight.errors import (
     AdapterError,
     BudgetError,
@@ -33,9 +24,12 @@ __all__ = [
     "BudgetError",
     "DataError",
     "DeltaConfig",
+    "FittedRests",
+    "RestPlan",
     "Reuse",
     "RoutingConfig",
     "ShivelightError",
+    "StandIns",
     "TokenRouting",
     "TrainingError",
     "UnsupportedBackboneError",
@@ -46,6 +40,7 @@ __all__ = [
     "current_schedule",
     "dense",
     "detach",
+    "fit_stand_ins",
     "load_adapter",
     "planned_ratio",
     "push_to_hub",

@@ -1,26 +1,20 @@
-"""The verbs: attach and detach, budgets, summaries, and adapters on disk."""
+"""Attach and detach: what is on a model, where it is found, and how it runs."""
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from shivelight.backbones import find_spec
-from shivelight.calibration import SECONDS, Tables, usual_load
-from shivelight.config import UNTRAINED, RoutingConfig
-from shivelight.errors import AdapterError, BudgetError, ShivelightError, UnsupportedBackboneError
+from shivelight.config import RoutingConfig
+from shivelight.errors import AdapterError, ShivelightError, UnsupportedBackboneError
 from shivelight.execution.attachment import check_named, compile_blocks, put_on, refuse_unsupported, take_off
 from shivelight.execution.compiled import CompiledRegions, Lengths
-from shivelight.execution.context import GRID, Branch, is_set
+from shivelight.execution.context import Branch
 from shivelight.execution.folding import Delta
-from shivelight.execution.latency_table import LatencyTable
-from shivelight.execution.planning import Budget
 from shivelight.execution.routed import NAME, Routed
-from shivelight.routing import Schedule
 
 
 def attach(model: Any, config: RoutingConfig | None = None, *, pipeline: Any | None = None) -> Any:
@@ -117,125 +111,6 @@ def branch(model: Any, name: Branch) -> Iterator[Any]:
         yield model
 
 
-def set_budget(
-    model: Any,
-    *,
-    keep: float | None = None,
-    compute: float | None = None,
-    speedup: float | None = None,
-    latency_ms: float | None = None,
-    threshold: float | None = None,
-    cap: bool = False,
-) -> Any:
-    """Bound what every generation from now on may cost; no retraining.
-
-    Args:
-        model: an attached pipeline or transformer.
-        keep: mean token keep ratio over steps and routed blocks, in (0, 1]; 1.0 runs all tokens.
-        compute: mean share of the dense blocks' FLOPs, in (0, 1], over all that is routed; gates and widths, which samples
-            decide for themselves, are set so that it is met on average (by what the routers said in training).
-        speedup: how many times faster than dense the backbone runs a generation, at least 1.
-        latency_ms: milliseconds that the backbone may take for a generation, all its steps and guidance passes together: the time
-            that one waits for, whatever the number of steps. Of a bare transformer, for one pass, on average over timesteps.
-            Budgets of time are solved when a generation begins, at its steps and shape, from the latency table of this device
-            (`calibrate`), which is measured there and then (some seconds) if there is none.
-        threshold: E-DiT's own knob, alone or with `keep`: blocks run where their router's probability is at least this.
-        cap: with `compute`: no sample exceeds it, at the price of what its late steps would have run.
-
-    Raises:
-        BudgetError: not exactly one of keep, compute, speedup and latency_ms, out of range, or not reachable; the message says
-            the nearest that is. That a time cannot be reached is known, and said, when a generation begins.
-    """
-    routed = routed_of(model)
-    budget = _budget({"keep": keep, "compute": compute, "speedup": speedup, "latency_ms": latency_ms}, threshold, cap)
-    if routed.config.tokens is None and routed.config.blocks is None and not budget.everything:
-        raise BudgetError("The attached adapter has no routing, so it always runs everything: keep=1.0.", nearest=1.0)
-    if routed.config.tokens is None and budget.kind == "keep" and budget.value < 1:
-        raise BudgetError("The attached adapter routes no tokens; bound it by compute= or threshold=.", nearest=1.0)
-    if routed.gates is None and (budget.threshold is not None or budget.cap):
-        raise BudgetError("The attached adapter has no block routers: threshold= and cap=True are about those.")
-    if budget.cap and routed.clock.pipeline is None:
-        raise BudgetError(
-            "cap=True bounds a whole generation, and a bare transformer does not know where one begins. Attach to the pipeline."
-        )
-    if budget.timed:
-        _tables(model)
-    elif routed.routed:
-        # Raises if it cannot be reached. The length of the text is known once a picture was made; until then, the least.
-        tokens, text_tokens = routed.shape
-        # What goes by earlier steps has none at the first; how many will follow is not known here.
-        steps = (500.0,) * (1 if routed.config.blocks is None else 50)
-        routed.planned_ratio(steps, tokens, text_tokens if routed.shape_seen else 0, budget)
-    routed.budget = budget
-    return model
-
-
-def _budget(asked: dict[str, float | None], threshold: float | None, cap: bool) -> Budget:
-    given = {kind: value for kind, value in asked.items() if value is not None}
-    if threshold is not None and not given:
-        given = {"keep": 1.0}
-    if len(given) != 1:
-        raise BudgetError(
-            "Give exactly one of keep=, compute=, speedup= and latency_ms=, for example set_budget(model, keep=0.6)."
-        )
-    ((kind, value),) = given.items()
-    if cap and kind != "compute":
-        raise BudgetError("cap=True bounds compute=; give that one.")
-    if threshold is not None and kind != "keep":
-        raise BudgetError(f"{kind}= chooses the threshold itself; give threshold= alone or with keep=.")
-    return Budget(kind, value, threshold, cap)  # type: ignore[arg-type]
-
-
-def calibrate(
-    model: Any,
-    *,
-    tokens: int | None = None,
-    text_tokens: int | None = None,
-    samples: int | None = None,
-    guided: bool | None = None,
-    seconds: float = SECONDS,
-    anew: bool = False,
-    progress: Callable[[str], None] | None = None,
-) -> LatencyTable:
-    """The latency table that budgets of time go by: how long each kind of block takes on this device, by how much of it runs.
-
-    Measured on random input of the shape at hand, in some seconds, and kept on disk ($SHIVELIGHT_CACHE, by default
-    ~/.cache/shivelight) for each device, precision, shape, batch, compile mode, backbone and routing.
-
-    Args:
-        model: an attached pipeline or transformer.
-        tokens: N, image tokens; those of the last generation, or the backbone's own size.
-        text_tokens: likewise.
-        samples: pictures of one call; as in the last generation, or 1.
-        guided: whether classifier-free guidance doubles the batch; as in the last generation, or as the family does.
-        seconds: to take about; noisy machines need more.
-        anew: measure even if there is a table.
-        progress: told of each timed pass.
-
-    Returns:
-        A table that prints itself.
-    """
-    routed = routed_of(model)
-    if not routed.routed:
-        raise BudgetError("The attached adapter has no routing, so there is nothing to solve for.", nearest=1.0)
-    load = usual_load(routed, samples, guided)
-    load = replace(
-        load,
-        tokens=load.tokens if tokens is None else tokens,
-        text_tokens=load.text_tokens if text_tokens is None else text_tokens,
-    )
-    return _tables(model)(load, True, anew=anew, seconds=seconds, progress=progress)
-
-
-def _tables(model: Any) -> Any:
-    """Where the latency tables of an attached model come from, from now on."""
-    backbone, _ = _backbone_of(model)
-    routed = routed_of(backbone)
-    if routed.settling.stopwatch is None:
-        routed.settling.stopwatch = Tables(weakref.ref(backbone), routed)
-    return routed.settling.stopwatch
-
-
 def compile(model: Any, *, lengths: Lengths = "auto", **options: Any) -> Any:
     """Run the blocks of an attached model as compiled graphs, routed and dense; the decisions around them stay Python.
 
@@ -263,107 +138,6 @@ def compile(model: Any, *, lengths: Lengths = "auto", **options: Any) -> Any:
         )
     compile_blocks(backbone_of(model), routed_of(model), CompiledRegions(lengths, options))
     return model
-
-
-def current_schedule(model: Any, steps: int | None = None) -> Schedule:
-    """The integers that a generation follows: kept tokens per step and routed block.
-
-    Args:
-        model: an attached pipeline or transformer with token routing.
-        steps: number of sampling steps; the scheduler's current timesteps (else the 1000-point grid) by default.
-    """
-    routed = routed_of(model)
-    if routed.config.tokens is None:
-        raise BudgetError("The attached adapter has no token routing, so there is no schedule.")
-    times, budget = _timesteps(routed, steps), routed.budget
-    if budget.timed and routed.settling.load is not None:
-        budget = routed.settling.settled(budget, times, routed.settling.load) or budget
-    return routed.schedule(routed.request(times, *routed.shape, budget))
-
-
-def _timesteps(routed: Routed, steps: int | None) -> tuple[float, ...]:
-    """Those of the next generation, of this many steps or as the scheduler holds them."""
-    scheduler = getattr(routed.clock.pipeline, "scheduler", None)
-    if steps is not None:
-        if scheduler is None:
-            raise BudgetError("A bare transformer has no sampling steps; attach to the pipeline, or leave `steps` out.")
-        probe = type(scheduler).from_config(scheduler.config)
-        probe.set_timesteps(steps)
-        return tuple(float(t) for t in probe.timesteps.tolist())
-    if scheduler is not None and is_set(scheduler):
-        begin = getattr(scheduler, "begin_index", None) or 0
-        return tuple(float(t) for t in scheduler.timesteps[begin:].tolist())
-    return GRID
-
-
-def planned_ratio(model: Any, steps: int | None = None) -> float | None:
-    """Planned FLOPs of the next generation over those of the dense blocks.
-
-    With gates, as expected from their records; None where there are none (weights of others at a threshold of their own).
-    """
-    routed = routed_of(model)
-    return routed.planned_ratio(_timesteps(routed, steps), *routed.shape) if routed.routed else 1.0
-
-
-def summary(model: Any) -> str:
-    """What is attached, how large it is, and what it is expected to cost."""
-    backbone, _ = _backbone_of(model)
-    routed = routed_of(backbone)
-    own = sum(p.numel() for p in routed.parameters()) + sum(
-        t.numel() for delta in routed.deltas.values() for t in (delta.down, delta.up, delta.magnitude)
-    )
-    whole = sum(p.numel() for p in backbone.parameters()) - sum(p.numel() for p in routed.parameters())
-    lines = [
-        f"{type(backbone).__name__} ({routed.spec.name}), {len(routed.planner.costs)} blocks, {whole / 1e6:.1f} M parameters",
-        f"adapter: {own / 1e6:.3f} M parameters ({100 * own / whole:.2f}% of the backbone), "
-        f"{len(routed.deltas)} linears with DoRA deltas",
-    ]
-    if routed.config.activation is not None:
-        lines.append(f"activation of the image MLPs: {routed.config.activation}, also while dense")
-    if not routed.routed:
-        return "\n".join([*lines, "no routing: every token runs in every block"])
-    tokens, blocks, reuse, budget = routed.config.tokens, routed.config.blocks, routed.config.reuse, routed.budget
-    lines.append(f"routed blocks: {routed.routed[0]} to {routed.routed[-1]}")
-    if tokens is not None:
-        lines.append(f"tokens: scores {tokens.scores}, ratios {tokens.ratios}, guidance {tokens.cfg_scores}")
-    if blocks is not None:
-        lines.append(
-            f"blocks: {UNTRAINED[blocks.router]}"
-            if routed.gates is None
-            else f"blocks: {blocks.router} routers decide by {blocks.decide}, guidance {blocks.cfg_gates}; MLP widths "
-            f"{', '.join(f'{width:g}' for width in blocks.widths)}; {routed.gates.records.filled} records"
-        )
-    if reuse is not None:
-        lines.append(
-            f"reuse: residuals up to {reuse.max_age} steps old, warm-up of {reuse.warmup:.0%} of the steps, forecasts between "
-            f"runs less than {reuse.forecast:.0%} of the steps apart; "
-            f"{routed.residuals.megabytes:.1f} MB held of at most {reuse.max_cache_mb:g}"
-        )
-    gates = "" if budget.threshold is None else f", threshold = {budget.threshold}"
-    planned = planned_ratio(backbone)
-    unknown = "known once a picture was made" if budget.timed else "unknown (no statistics of the routers)"
-    known = unknown if planned is None else f"{planned:.4f} of dense"
-    lines += [
-        f"budget: {budget.kind} = {budget.value}{gates}{' (hard cap)' if budget.cap else ''}{_comes_to(routed)}",
-        f"planned FLOPs: {known}, at {routed.shape[0]} image and {routed.shape[1]} text tokens"
-        + ("" if routed.shape_seen else " (assumed until the first picture)"),
-    ]
-    if routed.spending.ratio is not None:
-        acted = ", ".join(f"{action} {count}" for action, count in routed.spending.actions.items() if count)
-        lines.append(f"realised by the last generation: {routed.spending.ratio:.4f} of dense ({acted})")
-    if isinstance(routed.regions, CompiledRegions):
-        lines.append(f"compiled: {routed.regions}")
-    if tokens is not None and not (budget.timed and planned is None):
-        lines.append(f"schedule: {current_schedule(backbone)}")
-    return "\n".join(lines)
-
-
-def _comes_to(routed: Routed) -> str:
-    """What a budget of time is in FLOPs for the next generation, where that is known."""
-    if not routed.budget.timed or routed.settling.load is None:
-        return ""
-    settled = routed.settling.settled(routed.budget, _timesteps(routed, None), routed.settling.load)
-    return "" if settled is None else f" (compute = {settled.value})"
 
 
 def routed_of(model: Any, missing_ok: bool = False) -> Any:

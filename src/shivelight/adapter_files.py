@@ -73,12 +73,11 @@ def save_adapter(model: Any, directory: str | Path, training: dict[str, Any] | N
 
 def adapter_config(backbone: Any, routed: Routed, training: dict[str, Any] | None = None) -> dict[str, Any]:
     """What `adapter_config.json` says of a backbone and what is (or is about to be) attached to it."""
+    source = getattr(getattr(backbone, "config", None), "_name_or_path", None)
     return {
         "peft_type": "SHIVELIGHT",
         "format_version": FORMAT_VERSION,
-        "base_model_name_or_path": getattr(backbone.config, "_name_or_path", None)
-        if hasattr(backbone, "config")
-        else None,
+        "base_model_name_or_path": None if source is None else str(source),  # diffusers keeps a Path that it was given
         "base_model_class": type(backbone).__name__,
         "base_model_shape": backbone_shape(backbone),
         "spec": routed.spec.name,

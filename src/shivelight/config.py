@@ -229,6 +229,58 @@ class Reuse:
 
 
 @dataclass(frozen=True)
+class RestPlan:
+    """Generations that linear maps were fitted for.
+
+    Attributes:
+        steps: of sampling.
+        runs: those, from 0 on, at which all blocks run; the first is among them.
+        passes: of the backbone in each step; two where guidance runs its branches as separate calls.
+    """
+
+    steps: int
+    runs: tuple[int, ...]
+    passes: int = 1
+
+    def __post_init__(self) -> None:
+        _integer("RestPlan.steps", self.steps)
+        _integer("RestPlan.passes", self.passes)
+        _require(self.passes >= 1, f"RestPlan.passes is {self.passes}; give at least 1.")
+        _require(
+            isinstance(self.runs, list | tuple) and all(isinstance(run, int) for run in self.runs),
+            f"RestPlan.runs is {self.runs!r}; give steps, for example (0, 2).",
+        )
+        object.__setattr__(self, "runs", tuple(self.runs))  # JSON gives a list
+        _require(
+            self.runs[:1] == (0,) and list(self.runs) == sorted(set(self.runs)) and self.runs[-1] < self.steps,
+            f"RestPlan.runs is {self.runs} of {self.steps} steps; give steps in order, the first of them 0.",
+        )
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """What stands in for the blocks at steps at rest, where they only rest together: linear maps, fitted to a pipeline
+    (`shivelight.fit_stand_ins`), in the place of the last output or its forecast.
+
+    Attributes:
+        rank: of the maps.
+        plans: generations that there are maps for; others go by `Reuse` alone.
+    """
+
+    rank: int = 64
+    plans: tuple[RestPlan, ...] = ()
+
+    def __post_init__(self) -> None:
+        _integer("StandIns.rank", self.rank)
+        _require(self.rank >= 1, f"StandIns.rank is {self.rank}; give at least 1.")
+        _require(isinstance(self.plans, list | tuple), f"StandIns.plans is {self.plans!r}; give a list of plans.")
+        read = [plan if isinstance(plan, RestPlan) else _part(RestPlan, plan) for plan in self.plans]
+        object.__setattr__(self, "plans", tuple(read))
+        names = {(plan.steps, plan.runs) for plan in read}
+        _require(len(names) == len(read), "StandIns.plans has one plan twice.")
+
+
+@dataclass(frozen=True)
 class RoutingConfig:
     """Everything an adapter of a backbone holds.
 
@@ -243,6 +295,7 @@ class RoutingConfig:
         activation: of the image stream's MLPs, where the backbone's weights were tuned with another one than its class
             has; "quick-gelu" is h * sigmoid(1.702 h). It belongs to the weights, so `dense` keeps it; `detach` takes it
             off. None leaves the class's own.
+        stand_ins: linear maps that were fitted for steps at rest, or None.
     """
 
     tokens: TokenRouting | None = field(default_factory=TokenRouting)
@@ -252,6 +305,7 @@ class RoutingConfig:
     keep: float = 1.0
     compute: float | None = None
     activation: Literal["quick-gelu"] | None = None
+    stand_ins: StandIns | None = None
 
     def __post_init__(self) -> None:
         _require(
@@ -286,6 +340,17 @@ class RoutingConfig:
             or (isinstance(self.compute, int | float) and 0 < self.compute <= 1 and self.keep == 1),
             f"RoutingConfig.compute is {self.compute!r}; give a share of the dense FLOPs in (0, 1], and no keep beside it.",
         )
+
+        _require(
+            self.stand_ins is None or (self.together and self.reuse is not None and self.reuse.whole == "output"),
+            "RoutingConfig.stand_ins is about steps at which all blocks rest: give blocks=BlockRouting(router='interval', "
+            "widths=(1.0,)), tokens=None and reuse=Reuse(whole='output').",
+        )
+
+    @property
+    def together(self) -> bool:
+        """Whether blocks only ever run or rest together."""
+        return self.tokens is None and self.blocks is not None and self.blocks.router == "interval"
 
     @property
     def closed_reuse(self) -> bool:
@@ -325,7 +390,9 @@ class RoutingConfig:
     def from_dict(cls, data: dict[str, Any]) -> "RoutingConfig":
         """The config written by `to_dict`; unknown or missing names raise `AdapterError`."""
         _check_names(cls, data)
-        parts = {"tokens": TokenRouting, "blocks": BlockRouting, "deltas": DeltaConfig, "reuse": Reuse}
+        parts = {
+            "tokens": TokenRouting, "blocks": BlockRouting, "deltas": DeltaConfig, "reuse": Reuse, "stand_ins": StandIns,
+        }  # fmt: skip
         read = {name: _part(part, data.get(name)) for name, part in parts.items()}
         single: dict[str, Any] = {"keep": 1.0, "compute": None, "activation": None}
         return cls(**read, **{name: data.get(name, default) for name, default in single.items()})

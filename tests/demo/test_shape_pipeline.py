@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import shivelight as sl
-from shivelight.adapter import planned_ratio, routed_of
+from shivelight.adapter import routed_of
 from shivelight.backbones import hy3dgen
+from shivelight.budgets import planned_ratio
 from shivelight.demo.shape_pipeline import (
     ViewConditioner,
     ViewProcessor,

@@ -126,3 +126,15 @@ def test_a_forecast_of_rows_that_agree_is_one_operation() -> None:
     with torch.profiler.profile() as profile:
         series.expected(3)
     assert [event.key for event in profile.key_averages()] == ["aten::lerp"]
+
+
+def test_a_series_may_remember_without_a_forecast() -> None:
+    x = torch.ones(2, 3, 4)
+    series = Series(x, remembers=True)
+    assert series.values() == []
+    series.update(x, 0)
+    assert [value is x for value in series.values()] == [True]
+    series.update(2 * x, 3)
+    assert torch.equal(series.expected(4), 2 * x)
+    assert torch.equal(series.values()[0], 2 * x) and torch.equal(series.values()[1], x)
+    assert series.take(torch.tensor([1])).values()[1].shape == (1, 3, 4)

@@ -52,7 +52,7 @@ def measure_table(
     with rehearsal(routed, clock):
         passes = Rehearsed(backbone, routed, load, clock)
         entered = passes.fill()
-        together = routed.together
+        together = routed.config.together
         groups = {"all": routed.routed} if together else _by_kind(routed)
         counts = _counts(routed, load.tokens)
         ways = _ways(passes, groups, counts, together)

@@ -17,7 +17,6 @@ from shivelight.execution.pricing import Load
 from shivelight.execution.reuse import BlockResiduals
 from shivelight.execution.routed import Routed
 from shivelight.execution.settling import Settling
-from shivelight.execution.stale import StaleGates
 
 _STEPS = 50
 
@@ -71,10 +70,7 @@ def rehearsal(routed: Routed, clock: Standing) -> Iterator[None]:
     routed.clock, routed.residuals, routed.observer = clock, routed._new_residuals(), None
     # Any budget that does not run everything goes the whole way.
     routed.budget, routed.settling = Budget("compute", 0.99), Settling(routed)
-    if routed.stale is not None:
-        assert routed.config.blocks is not None
-        assert routed.config.reuse is not None
-        routed.stale = StaleGates(routed.config.blocks, routed.config.reuse, routed.planner)
+    routed.stale = routed.new_stale()
     if gates is not None:
         gates.outputs, gates.cap = RouterOutputs(gates.config), None
     try:

@@ -13,9 +13,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 import shivelight as sl
-from shivelight.adapter import install, planned_ratio, prepare
+from shivelight.adapter import install, prepare
 from shivelight.backbones import find_spec
 from shivelight.backbones.examples import example_call
+from shivelight.budgets import planned_ratio
 from shivelight.config import BlockRouting, RoutingConfig, TokenRouting
 from shivelight.errors import BudgetError, ShivelightError
 from shivelight.evaluation.comparison import OperatingPoint

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from shivelight.adapter import backbone_of, install, planned_ratio, prepare, routed_of, set_budget
+from shivelight.adapter import backbone_of, install, prepare, routed_of
+from shivelight.budgets import planned_ratio, set_budget
 from shivelight.config import RoutingConfig
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.judging import Judge

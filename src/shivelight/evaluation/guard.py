@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shivelight.adapter import planned_ratio
+from shivelight.budgets import planned_ratio
 from shivelight.errors import BudgetError
 from shivelight.evaluation.comparison import Comparison
 from shivelight.evaluation.fidelity import fidelity_to_dense

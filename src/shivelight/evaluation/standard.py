@@ -69,7 +69,7 @@ def adapter_points(
         return comparison.on(adapter, comparison.routed_point(method, cap=cap, variant=variant, **budget))
 
     if routed.gates is None or "keep" in budget:
-        return [point(f"{name}+reuse" if config.reuse is not None else name)]
+        return [point(f"{name}+reuse" if config.reuse is not None and config.stand_ins is None else name)]
     # Trained with reuse, they cannot do without.
     bound = config.closed_reuse or (config.tokens is not None and config.tokens.sees_drift)
     without: Variant = {"reuse": config.reuse if bound else None}
@@ -84,7 +84,8 @@ def adapter_points(
 
 def method_name(config: RoutingConfig) -> str:
     """What an adapter is called in results.json, but for reuse."""
-    axes = {"tokens": config.tokens, "blocks-refresh" if config.closed_reuse else "blocks": config.blocks}
+    blocks = "blocks-refresh" if config.closed_reuse else "blocks-fitted" if config.stand_ins is not None else "blocks"
+    axes = {"tokens": config.tokens, blocks: config.blocks}
     return "+".join(axis for axis, settings in axes.items() if settings is not None)
 
 

@@ -17,6 +17,7 @@ from shivelight.execution.reuse import BlockResiduals
 from shivelight.execution.rotary import turning
 from shivelight.execution.routed import Routed
 from shivelight.execution.span import Passage
+from shivelight.execution.stand_ins import values_of
 from shivelight.execution.tokens import merge_samples, sample_index
 from shivelight.execution.width import OwnForward, masked_channels, resized
 from shivelight.routing import token_mask, top_k_indices
@@ -87,7 +88,7 @@ class BlockHook(ModelHook):
         scores = self._scores_for(x, decisions)  # before the entry: a new one would have nothing to rank by
         entry = routed.remember(self.block, x, call.text)
         self._prepare(module, call, entry)
-        if entry is not None and routed.together:
+        if entry is not None and routed.config.together:
             image, text, indices = *self._run_together(module, call, decisions[0], entry), None
         else:
             image, text, indices = self._route(module, call, decisions, Selection(scores), entry)
@@ -207,15 +208,29 @@ class BlockHook(ModelHook):
         step, reuse = routed.context.step, routed.config.reuse
         assert reuse is not None
         whole = reuse.whole == "output"
-        if decision.action == "reuse":
+        if self.block == routed.routed[0] and entry.entered is not None:
+            routed.context.memo["entered"] = call.image
+        if decision.action == "reuse" and (routed.fitting is None or not whole):
             if not last:
                 return call.image, call.text
+            values = self._known_values(entry)
+            own = routed.stand_in() if values else None
+            if own is not None and len(own.scale) == len(values):
+                return own(values), call.text
             expect = entry.stand_in if whole else entry.add
             return expect(call.image, call.text, step, reuse.max_age)
         image, text = self._run(module, call)
+        if whole and decision.action == "reuse":
+            values = self._known_values(entry) if last else []
+            assert routed.fitting is not None
+            return routed.fitting.fit(routed.rests, step, routed.context.call, values, image) if values else image, text
         if whole:
             if last:  # copies: others may write into what a block returns
-                entry.refresh(image.clone(), step, None if text is None else text.clone())
+                entered = routed.context.memo.get("entered")
+                entry.refresh(
+                    image.clone(), step, None if text is None else text.clone(),
+                    None if entered is None else entered.clone(),
+                )  # fmt: skip
             return image, text
         passage = routed.context.memo.setdefault("passage", Passage())
         if self.kind.joined:
@@ -226,6 +241,14 @@ class BlockHook(ModelHook):
             images, texts = passage.finish()
             entry.refresh(images, step, texts)
         return image, text
+
+    def _known_values(self, entry: BlockResiduals) -> list[Tensor]:
+        """What a stand-in is worked out from; none where the blocks have not run yet, or longer ago than may be used."""
+        routed, history = self.routed, entry.history()
+        reuse, entered = routed.config.reuse, routed.context.memo.get("entered")
+        if not history or entered is None or reuse is None or entry.image.stale(routed.context.step, reuse.max_age):
+            return []
+        return values_of(entered, history)
 
     def _run_as(
         self, module: nn.Module, call: BlockCall, decision: Decision, selection: Selection, entry: BlockResiduals | None

@@ -25,10 +25,12 @@ class BlockResiduals:
         x: [B, N, D], tells shape, dtype and device.
         text: [B, M, D], the text tokens, or None where the block has none.
         horizon: in steps, of forecasts; 0 for none.
+        remembers: what stands in is worked out from what went in and came out at the last two runs, so keep both.
     """
 
-    def __init__(self, x: Tensor, text: Tensor | None = None, horizon: float = 0.0) -> None:
-        self.image = Series(x, horizon)
+    def __init__(self, x: Tensor, text: Tensor | None = None, horizon: float = 0.0, remembers: bool = False) -> None:
+        self.image = Series(x, horizon, remembers)
+        self.entered = Series(x, remembers=True) if remembers else None
         self.text = None if text is None else Series(text, horizon)
         # On the host, for each sample: whether every token has run once, how often in a row the block was left out, when it
         # ran.
@@ -42,8 +44,8 @@ class BlockResiduals:
     def bytes(self) -> int:
         """Memory held."""
         held = (self.drift, *self.projections.values())
-        text = 0 if self.text is None else self.text.bytes
-        return self.image.bytes + text + sum(t.numel() * t.element_size() for t in held)
+        series = sum(own.bytes for own in (self.image, self.entered, self.text) if own is not None)
+        return series + sum(t.numel() * t.element_size() for t in held)
 
     def fits(self, x: Tensor, text: Tensor | None = None) -> bool:
         """Whether it belongs to tokens of this shape, dtype and device."""
@@ -54,6 +56,7 @@ class BlockResiduals:
         """The entries of some samples, as copies; their numbers [b] on x's device, and on the host."""
         part = BlockResiduals.__new__(BlockResiduals)
         part.image, part.text = self.image.take(samples), None if self.text is None else self.text.take(samples)
+        part.entered = None if self.entered is None else self.entered.take(samples)
         part.drift = self.drift[samples]
         part.complete = [self.complete[sample] for sample in chosen]
         part.reused = [self.reused[sample] for sample in chosen]
@@ -66,6 +69,8 @@ class BlockResiduals:
         """Write back what `take` gave out."""
         self.image.put(samples, part.image)
         self.drift[samples] = part.drift
+        if self.entered is not None and part.entered is not None:
+            self.entered.put(samples, part.entered)
         if self.text is not None and part.text is not None:
             self.text.put(samples, part.text)
         for name, projection in part.projections.items():
@@ -115,7 +120,7 @@ class BlockResiduals:
         stale = series.stale(step, max_age)
         if isinstance(stale, bool):
             # A copy: what comes after the block may write into it.
-            return x if stale else series.expected(step).clone() if series.before is None else series.expected(step)
+            return x if stale else series.expected(step).clone() if not series.horizon else series.expected(step)
         return torch.where(stale[..., None], x, series.expected(step))
 
     def update_text(self, text: Tensor | None, out: Tensor | None, step: int) -> None:
@@ -184,15 +189,23 @@ class BlockResiduals:
         self.drift.scatter_(1, indices, moved)
         return write_back(completed, indices, out)
 
-    def refresh(self, residual: Tensor | None, step: int, text: Tensor | None = None) -> None:
-        """Take in the residuals (or outputs) of every token [B, N, D] and of every text token [B, M, D]; None where there are
-        none."""
+    def refresh(
+        self, residual: Tensor | None, step: int, text: Tensor | None = None, entered: Tensor | None = None
+    ) -> None:
+        """Take in the residuals (or outputs) of every token [B, N, D] and of every text token [B, M, D], and what the tokens were
+        before the first block; None where there are none."""
         samples = len(self.complete)
         self.reused, self.ran_at, self.complete = [0] * samples, [step] * samples, [True] * samples
         if residual is not None:
             self.image.update(residual, step)
         if self.text is not None and text is not None:
             self.text.update(text, step)
+        if self.entered is not None and entered is not None:
+            self.entered.update(entered, step)
+
+    def history(self) -> list[tuple[Tensor, Tensor]]:
+        """What went in and came out [B, N, D] at the last run and the one before, as far as there were any."""
+        return [] if self.entered is None else list(zip(self.entered.values(), self.image.values(), strict=True))
 
 
 class CachedPass(BlockResiduals):
@@ -330,13 +343,18 @@ class ResidualCache:
         return entry if entry is not None and entry.fits(x, text) else None
 
     def enter(
-        self, place: tuple[int, int], x: Tensor, text: Tensor | None = None, horizon: float = 0.0
+        self,
+        place: tuple[int, int],
+        x: Tensor,
+        text: Tensor | None = None,
+        horizon: float = 0.0,
+        remembers: bool = False,
     ) -> BlockResiduals:
-        """The entry of a (pass, block) that is about to run on tokens x [B, N, D]; a new one, with forecasts up to `horizon` steps,
-        where none fits."""
+        """The entry of a (pass, block) that is about to run on tokens x [B, N, D]; where none fits a new one, with forecasts up to
+        `horizon` steps, that remembers or not."""
         entry = self.find(place, x, text)
         if entry is None:
-            entry = self._entries[place] = BlockResiduals(x, text, horizon)
+            entry = self._entries[place] = BlockResiduals(x, text, horizon, remembers)
         self._entries.move_to_end(place)
         return entry
 

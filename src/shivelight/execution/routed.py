@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shivelight.backbones.spec import BackboneSpec
-from shivelight.config import Reuse, RoutingConfig
+from shivelight.config import RestPlan, Reuse, RoutingConfig
 from shivelight.cost import backbone_costs
 from shivelight.errors import BudgetError, ShivelightError, UnsupportedBackboneError
 from shivelight.execution.block_gates import BlockGates
@@ -22,9 +22,10 @@ from shivelight.execution.planning import Budget, Planner, Request
 from shivelight.execution.pricing import Forced, Load
 from shivelight.execution.reuse import BlockResiduals, ResidualCache
 from shivelight.execution.scoring import TokenScorer
-from shivelight.execution.sessions import GateSession, Observer, Session
+from shivelight.execution.sessions import GateSession, Observer, RestSession, Session
 from shivelight.execution.settling import Settling
 from shivelight.execution.stale import StaleGates, StalePlan
+from shivelight.execution.stand_ins import StandInMap, StandInMaps
 from shivelight.routing import RatioPolicy, Schedule, TokenRouter
 
 NAME = "shivelight"
@@ -64,12 +65,10 @@ class Routed(nn.Module):
         self.planner = Planner(
             backbone_costs(model, spec), self.routed, 1 if config.tokens is None else config.tokens.granularity
         )
+        self.stand_ins = None if config.stand_ins is None else StandInMaps(config.stand_ins, width)
         self.gates: BlockGates | None = None
-        self.stale: StaleGates | None = None
-        if config.blocks is not None and not config.blocks.learned:
-            assert config.reuse is not None
-            self.stale = StaleGates(config.blocks, config.reuse, self.planner)
-        elif config.blocks is not None:
+        self.stale = self.new_stale()
+        if self.stale is None and config.blocks is not None:
             self.gates = BlockGates(model, spec, config.blocks, config.reuse, self.planner)
         reference = next(model.parameters())
         dtype = reference.dtype if reference.dtype in (torch.float32, torch.float16, torch.bfloat16) else None
@@ -91,6 +90,7 @@ class Routed(nn.Module):
         self.enabled = True
         self.session: Session | None = None
         self.gate_session: GateSession | None = None
+        self.fitting: RestSession | None = None
         self.observer: Observer | None = None
         self.handles: list[Any] = []
         self.reset_function: Callable[[], None] | None = None
@@ -205,8 +205,21 @@ class Routed(nn.Module):
         self.residuals = self._new_residuals()
         if self.gates is not None and config.blocks is not None:
             self.gates.configure(config.blocks, config.reuse)
-        if self.stale is not None and config.blocks is not None and config.reuse is not None:
-            self.stale = StaleGates(config.blocks, config.reuse, self.planner)
+        if self.stale is not None:
+            self.stale = self.new_stale()
+
+    def new_stale(self) -> StaleGates | None:
+        """What decides which blocks run, where that is not learned, with nothing decided yet."""
+        config = self.config
+        if config.blocks is None or config.blocks.learned:
+            return None
+        assert config.reuse is not None
+        return StaleGates(config.blocks, config.reuse, self.planner, self.stand_ins)
+
+    def set_stand_ins(self, maps: StandInMaps | None) -> None:
+        """Maps for steps at rest, in the place of those that are there."""
+        self.stand_ins = maps
+        self._configure(replace(self.config, stand_ins=None if maps is None else maps.config))
 
     def enable(self, enabled: bool) -> None:
         """Routing and deltas on or off."""
@@ -363,19 +376,32 @@ class Routed(nn.Module):
             return None
         assert self.config.reuse is not None
         assert self.context.steps is not None
-        horizon = self.config.reuse.horizon(len(self.context.steps))
+        horizon, plan = self.config.reuse.horizon(len(self.context.steps)), self._asked(*self.shape)[2]
         place, text = self._place(block, text)
-        return self.residuals.enter(place, x, text, horizon)
+        remembers = self.fitting is not None or (isinstance(plan, StalePlan) and plan.stand_ins > 0)
+        return self.residuals.enter(place, x, text, horizon, remembers)
 
     @property
-    def together(self) -> bool:
-        """Whether blocks only ever run or rest together, so that one residual serves for all."""
-        blocks = self.config.blocks
-        return self.config.tokens is None and blocks is not None and blocks.router == "interval"
+    def rests(self) -> RestPlan:
+        """Which steps of this generation run, where all blocks run or rest together."""
+        plan = self._asked(*self.shape)[2]
+        assert isinstance(plan, StalePlan)
+        assert plan.rests is not None
+        return plan.rests
+
+    def stand_in(self) -> StandInMap | None:
+        """The map that was fitted for this pass; None where the last output, or its forecast, stands in."""
+        plan = self._asked(*self.shape)[2]
+        if self.stand_ins is None or not isinstance(plan, StalePlan) or not plan.stand_ins:
+            return None
+        return self.stand_ins.find(self.rests, self.context.step, self.context.call)
 
     def _place(self, block: int, text: Tensor | None) -> tuple[tuple[int, int], Tensor | None]:
         """Where the residuals of a block in this pass are kept, and the text tokens that are among them."""
-        return (self.context.call, -1 if self.together else block), text if self.config.blocks is not None else None
+        return (
+            self.context.call,
+            -1 if self.config.together else block,
+        ), text if self.config.blocks is not None else None
 
     def _entry(self, block: int, x: Tensor, text: Tensor | None) -> BlockResiduals | None:
         """The residuals of a block in this pass, where some are reused and fit."""
@@ -394,10 +420,12 @@ class Routed(nn.Module):
         tokens, text_tokens, cost = request.tokens, request.text_tokens, self.planner.costs[block]
         if block == self.routed[0]:
             self.spending.begin(*self.planner.dense_flops(tokens, text_tokens), len(decisions))
+        own = self.stand_in() if block == self.routed[-1] else None
+        rest = 0 if own is None else own.flops(tokens)
         flops = {
             decision: cost.flops(decision.tokens, text_tokens, decision.width, request.attended)
             if decision.action == "run"
-            else 0.0
+            else rest
             for decision in set(decisions)
         }
         dense = cost.flops(tokens, text_tokens)

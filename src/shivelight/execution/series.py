@@ -21,14 +21,15 @@ class Series:
     Args:
         like: [B, R, D], tells shape, dtype and device.
         horizon: in steps.
+        remembers: keep the value before the last one even where nothing is forecast.
     """
 
-    def __init__(self, like: Tensor, horizon: float = 0.0) -> None:
+    def __init__(self, like: Tensor, horizon: float = 0.0, remembers: bool = False) -> None:
         self.horizon = horizon
         self.last = torch.zeros_like(like)
         self.at = torch.full(like.shape[:2], NEVER, dtype=torch.int32, device=like.device)
-        self.before = torch.zeros_like(like) if horizon else None
-        self.at_before = self.at.clone() if horizon else None
+        self.before = torch.zeros_like(like) if horizon or remembers else None
+        self.at_before = self.at.clone() if horizon or remembers else None
         # at and at_before on the host, each while all rows agree: then a forecast is one operation, with a number for its weight.
         self._when: tuple[int | None, int | None] = (NEVER, NEVER)
 
@@ -85,9 +86,16 @@ class Series:
         at = self._when[0]
         return step - (self.at if at is None else at) > most
 
+    def values(self) -> list[Tensor]:
+        """What is known of all rows [B, R, D], the last first; only while all rows agree on when they were computed."""
+        known = [] if self._when[0] in (None, NEVER) else [self.last]
+        if known and self.before is not None and self._when[1] not in (None, NEVER):
+            known.append(self.before)
+        return known
+
     def expected(self, step: int) -> Tensor:
         """What every row is taken to be at a step [B, R, D]; may be the series' own memory, so do not write into it."""
-        if self.before is None or self.at_before is None:
+        if self.before is None or self.at_before is None or not self.horizon:
             return self.last
         at, before = self._when
         if at is not None and before is not None:

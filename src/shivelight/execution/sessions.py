@@ -1,9 +1,11 @@
 """What training and measurements put into, or see of, the forward pass of a routed backbone."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
+from shivelight.config import RestPlan
 from shivelight.execution.reuse import BlockResiduals
 
 
@@ -46,3 +48,12 @@ class GateSession(Protocol):
         self, block: int, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
         """Both streams that leave the block, given those that entered it and those that came out."""
+
+
+class RestSession(Protocol):
+    """What fits stand-ins puts into the passes of a generation: blocks run at steps at rest too, to be learned from; see
+    `calibration/stand_ins.py`."""
+
+    def fit(self, plan: RestPlan, step: int, call: int, values: Sequence[Tensor], out: Tensor) -> Tensor:
+        """What is to stand in at this pass of a step [B, N, D], of the K values that are known [B, N, D] and what the blocks made
+        [B, N, D]."""

@@ -7,30 +7,39 @@ Shapes: B samples, N image tokens, D width, T steps, L routed blocks.
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from shivelight.config import BlockRouting, Reuse
+from shivelight.config import BlockRouting, RestPlan, Reuse
 from shivelight.errors import BudgetError
 from shivelight.execution.context import StepContext
 from shivelight.execution.gates import Decision
 from shivelight.execution.planning import Budget, Planner, Request, warm_steps
 from shivelight.execution.reuse import BlockResiduals
+from shivelight.execution.stand_ins import StandInMaps
 
 Find = Callable[[int], BlockResiduals | None]
 
 
 @dataclass(frozen=True)
 class StalePlan:
-    """FLOPs that the routed blocks of one sample may take at each step [T], and what is left over goes to the next."""
+    """What the routed blocks of one sample may take.
+
+    Attributes:
+        allotted: FLOPs at each step [T], and what is left over goes to the next.
+        stand_ins: FLOPs of the maps that stand in for blocks at rest, over all steps; 0 where none do.
+        rests: where all blocks run or rest together, the generation that this is.
+    """
 
     allotted: tuple[float, ...]
+    stand_ins: float = 0.0
+    rests: RestPlan | None = None
 
     @property
     def cost(self) -> float:
         """Summed over the steps."""
-        return math.fsum(self.allotted)
+        return math.fsum(self.allotted) + self.stand_ins
 
     @property
     def steps(self) -> int:
@@ -70,10 +79,13 @@ class StaleGates:
         config: of block routing; with cfg_gates="cond" the conditional branch's residuals decide for both.
         reuse: of residuals; a block that was left out `max_reuses` times in a row comes first.
         planner: of the backbone; knows the routed blocks and their costs.
+        stand_ins: maps that were fitted for steps at rest, or None.
     """
 
-    def __init__(self, config: BlockRouting, reuse: Reuse, planner: Planner) -> None:
-        self.config, self.reuse, self.planner = config, reuse, planner
+    def __init__(
+        self, config: BlockRouting, reuse: Reuse, planner: Planner, stand_ins: StandInMaps | None = None
+    ) -> None:
+        self.config, self.reuse, self.planner, self.stand_ins = config, reuse, planner, stand_ins
         self._chosen: list[set[int]] | None = None
         self._saved: dict[int, list[float]] = {}
 
@@ -92,7 +104,15 @@ class StaleGates:
         if budget.everything or budget.kind == "keep":
             return None
         return self.planner.once(
-            ("stale", self.config.router, budget, request, self.reuse, tuple(kept)),
+            (
+                "stale",
+                self.config.router,
+                budget,
+                request,
+                self.reuse,
+                self.stand_ins and self.stand_ins.config,
+                tuple(kept),
+            ),
             lambda: self._solve(request, budget, kept),
         )
 
@@ -114,7 +134,7 @@ class StaleGates:
                 nearest=nearest,
             )
         if together:
-            return StalePlan(self._at_intervals(whole, fewest, left))
+            return self._at_intervals(whole, fewest, left, request.tokens)
         warm = max(1, warm_steps(self.reuse.warmup, whole, left))
         # The steps after the warm-up share the rest by their own cost.
         rest = min(1.0, (left - math.fsum(whole[:warm])) / math.fsum(whole[warm:])) if warm < steps else 1.0
@@ -123,11 +143,18 @@ class StaleGates:
     def _runs(self, count: int, steps: int) -> set[int]:
         return set(run_steps(count, steps, self.reuse.max_age, self.reuse.spacing(steps)))
 
-    def _at_intervals(self, whole: Sequence[float], fewest: int, left: float) -> tuple[float, ...]:
-        """What each step may spend, where as many as possible run everything and the others nothing."""
-        plans = (self._runs(count, len(whole)) for count in range(len(whole), fewest - 1, -1))
-        runs = next(runs for runs in plans if math.fsum(whole[step] for step in runs) <= left * (1 + 1e-9))
-        return tuple(cost if step in runs else 0.0 for step, cost in enumerate(whole))
+    def _at_intervals(self, whole: Sequence[float], fewest: int, left: float, tokens: int) -> StalePlan:
+        """What each step may spend, where as many as possible run everything and the others nothing, or, where what is left over
+        pays for it, the maps that were fitted for them."""
+        within, steps = left * (1 + 1e-9), len(whole)
+        plans = (self._runs(count, steps) for count in range(steps, fewest - 1, -1))
+        runs = next(runs for runs in plans if math.fsum(whole[step] for step in runs) <= within)
+        rests = RestPlan(steps, tuple(sorted(runs)))
+        plan = StalePlan(tuple(cost if step in runs else 0.0 for step, cost in enumerate(whole)), rests=rests)
+        if self.stand_ins is None:
+            return plan
+        fitted = replace(plan, stand_ins=float(sum(self.stand_ins.flops(rests, tokens))))
+        return fitted if fitted.cost <= within else plan
 
     def decide(
         self,

@@ -37,6 +37,7 @@ KNOWN = {
     "tokens": MethodStyle(BLUE, "o"),
     "blocks": MethodStyle(GREEN, "^"),
     "blocks-refresh": MethodStyle(GREEN, "v"),
+    "blocks-fitted": MethodStyle(VERMILION, "o"),
     "tokens+blocks": MethodStyle(PURPLE, "D"),
     "tokens+blocks-refresh": MethodStyle(PURPLE, "P"),
     "training-free": MethodStyle(VERMILION, "h"),
@@ -53,7 +54,7 @@ OTHERS = (
     MethodStyle(PURPLE, "8"),
 )
 OURS = (
-    "tokens", "blocks", "blocks-refresh", "tokens+blocks", "tokens+blocks-refresh",
+    "tokens", "blocks", "blocks-refresh", "blocks-fitted", "tokens+blocks", "tokens+blocks-refresh",
     "training-free", "training-free-blocks", "training-free-both",
 )  # fmt: skip
 

@@ -1,0 +1,63 @@
+"""Fit what stands in for the blocks at steps at rest: `demo/adapters/blocks-fitted` for the embedded pipeline at 25, 16 and 8
+steps, and `demo/few-step/adapters/blocks-fitted` for its distilled form at 4 and 3.
+
+    python recipes/fit_rests.py      # some 15 minutes on 2 cores; no gradients
+
+Prompts are captions of the training split.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+import shivelight as sl
+from shivelight.cli import common
+from shivelight.demo import pipeline as embedded
+from shivelight.demo.data import EmojiData
+
+NAME = "blocks-fitted"
+# (steps, budgets) of each pipeline; with many steps a map has little to add to what each channel says of itself.
+TEACHER = ((25, (0.8, 0.7, 0.6, 0.5, 0.35)), (16, (0.7, 0.5, 0.35)), (8, (0.75, 0.5)))
+FEW = ((embedded.FEW_STEPS, (0.75, 0.5, 0.25)), (embedded.FEW_STEPS - 1, (0.67, 0.34)))
+
+
+def fit(few: bool, prompts: list[str], rank: int, out: Path, device: str) -> None:
+    """One adapter."""
+    pipe = (embedded.load_few_step if few else embedded.load_pipeline)(device)
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks"))
+    guidance = 1.0 if few else embedded.GUIDANCE
+    began, said = time.perf_counter(), []
+    for steps, computes in FEW if few else TEACHER:
+        for fitted in sl.fit_stand_ins(
+            pipe, prompts, steps=steps, computes=computes, guidance=guidance, rank=rank,
+            max_sequence_length=embedded.TEXT_TOKENS,
+        ):  # fmt: skip
+            left = [round(share, 3) for share in fitted.left]
+            said.append({"steps": steps, "runs": list(fitted.plan.runs), "compute": fitted.compute, "left": left})
+            print(said[-1], f"{time.perf_counter() - began:.0f} s", flush=True)
+    training = {"command": "recipes/fit_rests.py", "prompts": len(prompts), "guidance": guidance, "fitted": said}
+    sl.save_adapter(pipe.to(dtype=torch.float16), out, training)
+
+
+def main() -> None:
+    """Fit both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--few", type=int, default=192, help="prompts for the few steps; 0 leaves them out")
+    parser.add_argument("--teacher", type=int, default=48, help="prompts for the teacher; 0 leaves it out")
+    parser.add_argument("--device", default=common.DEFAULT_DEVICE)
+    args = parser.parse_args()
+    common.quiet_libraries()
+    captions = [str(caption) for caption in EmojiData().captions("train")]
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
+    if args.few:
+        folder = embedded.FEW_STEP / "adapters" / NAME
+        fit(True, [captions[place] for place in order[: args.few]], 64, folder, args.device)
+    if args.teacher:
+        folder = embedded.ADAPTER.parent / NAME
+        fit(False, [captions[place] for place in order[: args.teacher]], 16, folder, args.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What stands in for all blocks at a step at rest, fitted to a pipeline: a linear map of what goes in now and of what went in and
+came out at the last runs.
+
+Shapes: B samples, N image tokens, D width, K values that are known of each token (3 after one run, 5 from the second on), r rank.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from shivelight.config import RestPlan, StandIns
+
+# Of one pass of one step: (plan, step, pass of the step).
+Place = tuple[RestPlan, int, int]
+
+
+def places(plan: RestPlan) -> Iterator[Place]:
+    """Where a plan's maps are: at every step that does not run, in each pass of it."""
+    for step in range(plan.steps):
+        if step not in plan.runs:
+            for call in range(plan.passes):
+                yield plan, step, call
+
+
+def known_values(plan: RestPlan, step: int) -> int:
+    """K at a step: what goes in, and two values for each of the last runs, of two at most."""
+    return 1 + 2 * min(2, sum(run < step for run in plan.runs))
+
+
+class StandInMap(nn.Module):
+    """The map of one step: out = last output + own values * scale + (values @ down + shift) @ up + bias.
+
+    Where values move slowly a factor for each channel says most of it; what channels say of each other has rank r.
+
+    Args:
+        known: K.
+        width: D.
+        rank: r.
+    """
+
+    def __init__(self, known: int, width: int, rank: int) -> None:
+        super().__init__()
+        # Parameters, for the adapter's size; a closed form makes them, never a gradient.
+        self.scale = _constant(known, width)
+        self.bias = _constant(width)
+        self.down = _constant(known, width, rank)
+        self.shift = _constant(rank)
+        self.up = _constant(rank, width)
+
+    def set(self, parts: Mapping[str, Tensor]) -> None:
+        """Take these values, by name."""
+        for name, value in parts.items():
+            self.get_parameter(name).copy_(value)
+
+    def flops(self, tokens: int) -> int:
+        """FLOPs on the tokens of one sample (matrix products, as everywhere)."""
+        known, width, rank = self.down.shape
+        return 2 * tokens * width * rank * (known + 1)
+
+    def forward(self, values: Sequence[Tensor]) -> Tensor:
+        """What is expected to come out [B, N, D] of the K values [B, N, D]: what goes in now, and, for the last run and the one
+        before, what went in and what came out."""
+        out = values[2] + self.bias
+        narrow = self.shift
+        for value, scale, down in zip(values, self.scale, self.down, strict=True):
+            out = torch.addcmul(out, value, scale)
+            narrow = narrow + value @ down
+        return out + narrow @ self.up
+
+
+def _constant(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape), requires_grad=False)
+
+
+def values_of(x: Tensor, history: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The K values of a step at which x [B, N, D] goes in."""
+    return [x, *(value for pair in history for value in pair)]
+
+
+class StandInMaps(nn.Module):
+    """The maps of all plans that were fitted; part of the adapter.
+
+    Args:
+        config: their plans and rank.
+        width: D of the image tokens.
+    """
+
+    def __init__(self, config: StandIns, width: int) -> None:
+        super().__init__()
+        self.config, self.width = config, width
+        self.maps = nn.ModuleDict()
+        for plan in config.plans:
+            for place in places(plan):
+                self.maps[_name(place)] = StandInMap(known_values(plan, place[1]), width, config.rank)
+
+    def find(self, plan: RestPlan, step: int, call: int) -> StandInMap | None:
+        """The map of a step that rests, in one pass of it; None where none was fitted."""
+        found = self._plan(plan)
+        name = "" if found is None else _name((found, step, call))
+        own = self.maps[name] if name in self.maps else None  # noqa: SIM401 - a ModuleDict has no `get`
+        assert own is None or isinstance(own, StandInMap)
+        return own
+
+    def put(self, plan: RestPlan, step: int, call: int, found: StandInMap) -> None:
+        """Take over a map."""
+        self.maps[_name((plan, step, call))].load_state_dict(found.state_dict())
+
+    def flops(self, plan: RestPlan, tokens: int) -> list[int]:
+        """FLOPs at each step of a generation, for one sample and pass: those of the maps, 0 where none stands in."""
+        return [
+            0 if own is None else own.flops(tokens) for own in (self.find(plan, step, 0) for step in range(plan.steps))
+        ]
+
+    def _plan(self, plan: RestPlan) -> RestPlan | None:
+        return next((p for p in self.config.plans if (p.steps, p.runs) == (plan.steps, plan.runs)), None)
+
+
+def _name(place: Place) -> str:
+    plan, step, call = place
+    return f"{plan.steps}:{'-'.join(map(str, plan.runs))}:{step}:{call}"
