@@ -45,13 +45,17 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("docs/images/scaling.png"))
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--most", type=int, default=16384, help="tokens")
     parser.add_argument("--tiny", action="store_true", help="two sizes of each, to see that it runs")
     args = parser.parse_args()
     common.quiet_libraries()
     common.keep_freed_memory()
     device = common.DEFAULT_DEVICE
     results = new_results(device=device, backbone={"class": "SD3Transformer2DModel", "width": args.width})
-    sizes = TINY if args.tiny else SIZES
+    sizes = {
+        axis: tuple(value for value in values if axis != "tokens" or value <= args.most)
+        for axis, values in (TINY if args.tiny else SIZES).items()
+    }
     with common.progress_bar("scaling", sum(map(len, sizes.values()))) as advance:
         for axis, values in sizes.items():
             for value in values:

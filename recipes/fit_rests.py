@@ -19,7 +19,7 @@ from shivelight.demo.data import EmojiData
 
 NAME = "blocks-fitted"
 # (steps, budgets) of each pipeline; with many steps a map has little to add to what each channel says of itself.
-TEACHER = ((25, (0.8, 0.7, 0.6, 0.5, 0.35)), (16, (0.7, 0.5, 0.35)), (8, (0.75, 0.5)))
+TEACHER = ((25, (0.7, 0.5, 0.35)), (16, (0.7, 0.5)), (8, (0.75, 0.5)))
 FEW = ((embedded.FEW_STEPS, (0.75, 0.5, 0.25)), (embedded.FEW_STEPS - 1, (0.67, 0.34)))
 
 

@@ -104,6 +104,7 @@ def table(source: str) -> str:
         "steps": lambda row: str(row.get("steps", "")),
         "prompts": lambda row: str(row.get("prompts", "")),
         "rank": lambda row: str(row.get("rank", "")),
+        "unmended": lambda row: f"{row['unmended']:g}" if "unmended" in row else "",
         "error left at rest": lambda row: ", ".join(f"{share:.0%}" for share in row.get("left", [])),
         "growth": lambda row: f"{row['growth']:g}" if "growth" in row else "",
         "forecast": lambda row: f"{row['forecast']:g}" if "forecast" in row else "",

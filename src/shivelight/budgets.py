@@ -137,6 +137,7 @@ def fit_stand_ins(
     computes: Sequence[float] = (0.75, 0.5),
     guidance: float | None = None,
     rank: int = 32,
+    unmended: float = 0.5,
     seed: int = 5_000_000,
     generate: Callable[[], object] | None = None,
     progress: Callable[[str], None] | None = None,
@@ -152,6 +153,8 @@ def fit_stand_ins(
         computes: budgets, shares of the dense FLOPs. What is fitted adds to what runs: ask for `FittedRests.compute` later.
         guidance: scale; the pipeline's default for None.
         rank: of the maps.
+        unmended: share of what a map adds to the last output that is used at steps after the last run, where no block runs any more
+            to mend its texture: 1 comes nearest to the dense picture by PSNR, a half keeps KID (docs/decisions/few-steps.md).
         seed: of the first prompt's noise; keep it apart from those that judge.
         generate: runs one generation, in the place of prompts and what goes with them, where a call needs more than those.
         progress: told of each map.
@@ -172,7 +175,7 @@ def fit_stand_ins(
             draw, routed.clock.pipeline, prompts, range(seed, seed + len(prompts)), steps, guidance,
             **{"output_type": "latent"} | options,
         )  # fmt: skip
-    return fit_rests(routed, generate, computes, rank, progress)
+    return fit_rests(routed, generate, computes, rank, unmended, progress)
 
 
 def _tables(model: Any) -> Any:

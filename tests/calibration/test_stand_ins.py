@@ -125,7 +125,7 @@ def test_what_is_fitted_is_nearer_than_the_last_output(pipe: StableDiffusion3Pip
     with sl.dense(pipe):
         dense = walk(pipe, tiny_inputs(4), 4)
     errors = []
-    for compute in (0.5, found.compute):
+    for compute in (0.5, found.compute):  # even of half of it after the last run
         sl.set_budget(pipe, compute=compute)
         errors.append(float((walk(pipe, tiny_inputs(4), 4) - dense).square().mean()))
     assert errors[1] < errors[0]
@@ -141,6 +141,19 @@ def test_later_maps_are_fitted_to_what_earlier_ones_leave(pipe: StableDiffusion3
     sl.set_budget(pipe, compute=found.compute)
     assert torch.equal(walk(pipe, tiny_inputs(4), 6), walked[0])
     assert routed_of(pipe).spending.ratio > 0.5
+
+
+def test_after_the_last_run_a_share_of_the_map_is_used(pipe: StableDiffusion3Pipeline) -> None:
+    whole, half = (
+        (fit(pipe, steps=4, unmended=share), dict(routed_of(pipe).stand_ins.named_parameters())) for share in (1.0, 0.5)
+    )
+    assert whole[0][0].plan.runs == (0, 2)
+    for name, value in whole[1].items():
+        added = name.rsplit(".", 1)[1] in ("scale", "bias", "up")
+        share = 0.5 if ":3:" in name and added else 1.0
+        torch.testing.assert_close(half[1][name], share * value)
+    with pytest.raises(sl.ShivelightError, match="unmended is 2"):
+        fit(pipe, unmended=2)
 
 
 def test_other_plans_stay(pipe: StableDiffusion3Pipeline) -> None:

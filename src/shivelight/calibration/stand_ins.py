@@ -36,8 +36,8 @@ class FittedRests:
     Attributes:
         plan: steps, and those that run.
         compute: share of the dense FLOPs that it takes: the least budget that has it.
-        left: at each step at rest, the mean square error of what stands in over that of the last output, on samples held back
-            (on all, of a single one).
+        left: at each step at rest, the mean square error of the whole map over that of the last output, on samples held back (on
+            all, of a single one).
     """
 
     plan: RestPlan
@@ -150,11 +150,12 @@ class Fitting:
 
     Args:
         rank: of the maps.
+        unmended: share of what a map adds to the last output that is used after the last run.
         progress: told of each.
     """
 
-    def __init__(self, rank: int, progress: Progress | None = None) -> None:
-        self.rank, self.progress = rank, progress
+    def __init__(self, rank: int, unmended: float = 1.0, progress: Progress | None = None) -> None:
+        self.rank, self.unmended, self.progress = rank, unmended, progress
         self.plan: RestPlan | None = None
         self.maps: dict[tuple[int, int], StandInMap] = {}
         self.left: dict[int, float] = {}
@@ -162,6 +163,8 @@ class Fitting:
     def fit(self, plan: RestPlan, step: int, call: int, values: Sequence[Tensor], out: Tensor) -> Tensor:
         """What the new map says [B, N, D]."""
         found, left = fit_map(values, out, self.rank)
+        if step > plan.runs[-1]:
+            found.weaken(self.unmended)
         found = self.maps[step, call] = found.to(out.dtype)
         self.plan = replace(plan, passes=max(call + 1, 1 if self.plan is None else self.plan.passes))
         self.left.setdefault(step, left)
@@ -176,9 +179,12 @@ def fit_rests(
     generate: Callable[[], object],
     computes: Sequence[float],
     rank: int,
+    unmended: float,
     progress: Progress | None = None,
 ) -> list[FittedRests]:
     """What `shivelight.fit_stand_ins` does, on generations that `generate` runs."""
+    if not 0 <= unmended <= 1:
+        raise ShivelightError(f"unmended is {unmended}; give a share in [0, 1].")
     config = routed.config
     if not config.together or config.reuse is None or config.reuse.whole != "output":
         raise ShivelightError(
@@ -190,7 +196,7 @@ def fit_rests(
     try:
         routed.enable(True)
         for compute in computes:
-            routed.budget, routed.fitting = Budget("compute", compute), Fitting(rank, progress)
+            routed.budget, routed.fitting = Budget("compute", compute), Fitting(rank, unmended, progress)
             generate()
             if routed.fitting.plan is not None:
                 fitted[routed.fitting.plan] = routed.fitting

@@ -35,6 +35,12 @@ def fit(
         list[float] | None, typer.Option(help="Shares of the dense FLOPs; may be repeated. 0.75 and 0.5 by default.")
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the maps between channels.")] = 32,
+    unmended: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Share of what is fitted that is used after the last run; 1 is nearest by PSNR."
+        ),
+    ] = 0.5,
     dtype: common.PrecisionOption = "float32",
     size: common.SizeOption = None,
     max_sequence_length: common.TextOption = None,
@@ -57,8 +63,8 @@ def fit(
     common.say(f"{len(captions)} prompts, {steps} steps")
     with common.progress_bar("fitting", None) as advance:
         found = sl.fit_stand_ins(
-            pipe, captions, steps=steps, computes=budgets, guidance=guidance, rank=rank, seed=seed, progress=advance,
-            **options,
+            pipe, captions, steps=steps, computes=budgets, guidance=guidance, rank=rank, unmended=unmended, seed=seed,
+            progress=advance, **options,
         )  # fmt: skip
     method = method_name(routed_of(pipe).config)
     sl.save_adapter(

@@ -53,6 +53,11 @@ class StandInMap(nn.Module):
         for name, value in parts.items():
             self.get_parameter(name).copy_(value)
 
+    def weaken(self, share: float) -> None:
+        """Stay nearer to the last output: only this share of what is added to it."""
+        for part in (self.scale, self.bias, self.up):
+            part.mul_(share)
+
     def flops(self, tokens: int) -> int:
         """FLOPs on the tokens of one sample (matrix products, as everywhere)."""
         known, width, rank = self.down.shape
