@@ -77,8 +77,8 @@ def settings(name: str, pipe: Any, steps: int, guidance: float, captions: Sequen
 
 
 def fitted(data: EmojiData, fit_on: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of the distilled pipeline with what stands in at steps at rest as it last was, and fitted on more and fewer prompts: whole,
-    and by half after the last run."""
+    """Rows of the distilled pipeline with what stands in at steps at rest as it last was, and fitted on more and fewer prompts;
+    after the last run, all of it and a half."""
     pipe = embedded.load_few_step(common.DEFAULT_DEVICE)
     steps, rows = embedded.FEW_STEPS, []
     sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks"))
