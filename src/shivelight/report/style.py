@@ -37,7 +37,7 @@ KNOWN = {
     "tokens": MethodStyle(BLUE, "o"),
     "blocks": MethodStyle(GREEN, "^"),
     "blocks-refresh": MethodStyle(GREEN, "v"),
-    "blocks-fitted": MethodStyle(VERMILION, "o"),
+    "blocks-fitted": MethodStyle(BLUE, "D"),
     "tokens+blocks": MethodStyle(PURPLE, "D"),
     "tokens+blocks-refresh": MethodStyle(PURPLE, "P"),
     "training-free": MethodStyle(VERMILION, "h"),
