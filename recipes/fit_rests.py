@@ -1,4 +1,4 @@
-"""Fit what stands in for the blocks at steps at rest: `demo/adapters/blocks-fitted` for the embedded pipeline at 25, 16 and 8
+"""Fit what stands in for the blocks at steps at rest: `demo/adapters/blocks-fitted` for the embedded pipeline at 25 and 8
 steps, and `demo/few-step/adapters/blocks-fitted` for its distilled form at 4 and 3.
 
     python recipes/fit_rests.py      # some 15 minutes on 2 cores; no gradients
@@ -19,7 +19,7 @@ from shivelight.demo.data import EmojiData
 
 NAME = "blocks-fitted"
 # (steps, budgets) of each pipeline; with many steps a map has little to add to what each channel says of itself.
-TEACHER = ((25, (0.7, 0.5, 0.35)), (16, (0.7, 0.5)), (8, (0.75, 0.5)))
+TEACHER = ((8, (0.75, 0.5)), (25, (0.7, 0.5)))
 FEW = ((embedded.FEW_STEPS, (0.75, 0.5, 0.25)), (embedded.FEW_STEPS - 1, (0.67, 0.34)))
 
 

@@ -15,7 +15,7 @@ from shivelight.execution.context import GRID, is_set
 from shivelight.execution.latency_table import LatencyTable
 from shivelight.execution.planning import Budget
 from shivelight.execution.routed import Routed
-from shivelight.pipelines import draw
+from shivelight.pipelines import call_default, draw
 from shivelight.routing import Schedule
 
 
@@ -151,7 +151,8 @@ def fit_stand_ins(
         prompts: of what is usually drawn. All are one batch: as many as memory takes, dozens of small pictures or some large ones.
         steps: of sampling, which are those of use later; generations of other numbers of steps go on as before.
         computes: budgets, shares of the dense FLOPs. What is fitted adds to what runs: ask for `FittedRests.compute` later.
-        guidance: scale; the pipeline's default for None.
+        guidance: scale; the pipeline's default for None. With `generate`, say which it takes: where both branches are one batch,
+            what is fitted is what guidance makes of them.
         rank: of the maps.
         unmended: share of what a map adds to the last output that is used at steps after the last run, where no block runs any more
             to mend its texture: 1 comes nearest to the dense picture by PSNR, a half keeps KID (docs/decisions/few-steps.md).
@@ -175,7 +176,9 @@ def fit_stand_ins(
             draw, routed.clock.pipeline, prompts, range(seed, seed + len(prompts)), steps, guidance,
             **{"output_type": "latent"} | options,
         )  # fmt: skip
-    return fit_rests(routed, generate, computes, rank, unmended, progress)
+    if guidance is None:  # its own default, where the pipeline tells
+        guidance = call_default(routed.clock.pipeline, "guidance_scale")
+    return fit_rests(routed, generate, computes, rank, unmended, guidance, progress)
 
 
 def _tables(model: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 import shivelight as sl
 from shivelight.adapter import routed_of
 from shivelight.adapter_files import CONFIG_NAME
-from shivelight.calibration.stand_ins import factors, fit_map, moments, reduced
+from shivelight.calibration.stand_ins import Fitting, factors, fit_map, moments, reduced
 from shivelight.config import RoutingConfig
 
 PROMPTS = ["a red apple", "blue bird", "c d", "e"]
@@ -154,6 +154,20 @@ def test_after_the_last_run_a_share_of_the_map_is_used(pipe: StableDiffusion3Pip
         torch.testing.assert_close(half[1][name], share * value)
     with pytest.raises(sl.ShivelightError, match="unmended is 2"):
         fit(pipe, unmended=2)
+
+
+def test_with_guidance_in_one_batch_what_it_makes_of_both_is_fitted() -> None:
+    plan, given = sl.RestPlan(4, (0, 2)), values(8, 60, 6)
+    out = torch.randn(8, 60, 6, generator=torch.Generator().manual_seed(4)) + given[0]
+    fitting = Fitting(3, 1.0, 4.0)
+    made = fitting.fit(plan, 1, 0, given, out, paired=True)
+    combined = [-3.0 * value[:4] + 4.0 * value[4:] for value in (*given, out)]
+    expected, _ = fit_map(combined[:-1], combined[-1], 3)
+    torch.testing.assert_close(made, expected(given), atol=1e-4, rtol=1e-4)
+    alone, _ = fit_map(given, out, 3)
+    assert not torch.allclose(made, alone(given), atol=1e-2)
+    for fitting, paired in ((Fitting(3, 1.0, 4.0), False), (Fitting(3, 1.0, None), True)):
+        torch.testing.assert_close(fitting.fit(plan, 1, 0, given, out, paired), alone(given), atol=1e-4, rtol=1e-4)
 
 
 def test_other_plans_stay(pipe: StableDiffusion3Pipeline) -> None:

@@ -151,18 +151,29 @@ class Fitting:
     Args:
         rank: of the maps.
         unmended: share of what a map adds to the last output that is used after the last run.
+        guidance: scale w of classifier-free guidance, where both branches are one batch: what is fitted is what guidance makes of
+            them, (1 - w) unconditional + w conditional, since one map serves both and nothing else of them is used.
         progress: told of each.
     """
 
-    def __init__(self, rank: int, unmended: float = 1.0, progress: Progress | None = None) -> None:
-        self.rank, self.unmended, self.progress = rank, unmended, progress
+    def __init__(
+        self, rank: int, unmended: float = 1.0, guidance: float | None = None, progress: Progress | None = None
+    ) -> None:
+        self.rank, self.unmended, self.guidance, self.progress = rank, unmended, guidance, progress
         self.plan: RestPlan | None = None
         self.maps: dict[tuple[int, int], StandInMap] = {}
         self.left: dict[int, float] = {}
 
-    def fit(self, plan: RestPlan, step: int, call: int, values: Sequence[Tensor], out: Tensor) -> Tensor:
+    def fit(self, plan: RestPlan, step: int, call: int, values: Sequence[Tensor], out: Tensor, paired: bool) -> Tensor:
         """What the new map says [B, N, D]."""
-        found, left = fit_map(values, out, self.rank)
+
+        def guided(both: Tensor) -> Tensor:
+            if not paired or self.guidance is None:
+                return both
+            free, kept = both.float().chunk(2)
+            return torch.lerp(free, kept, self.guidance)
+
+        found, left = fit_map([guided(value) for value in values], guided(out), self.rank)
         if step > plan.runs[-1]:
             found.weaken(self.unmended)
         found = self.maps[step, call] = found.to(out.dtype)
@@ -180,6 +191,7 @@ def fit_rests(
     computes: Sequence[float],
     rank: int,
     unmended: float,
+    guidance: float | None,
     progress: Progress | None = None,
 ) -> list[FittedRests]:
     """What `shivelight.fit_stand_ins` does, on generations that `generate` runs."""
@@ -196,7 +208,7 @@ def fit_rests(
     try:
         routed.enable(True)
         for compute in computes:
-            routed.budget, routed.fitting = Budget("compute", compute), Fitting(rank, unmended, progress)
+            routed.budget, routed.fitting = Budget("compute", compute), Fitting(rank, unmended, guidance, progress)
             generate()
             if routed.fitting.plan is not None:
                 fitted[routed.fitting.plan] = routed.fitting

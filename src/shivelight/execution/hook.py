@@ -223,7 +223,10 @@ class BlockHook(ModelHook):
         if whole and decision.action == "reuse":
             values = self._known_values(entry) if last else []
             assert routed.fitting is not None
-            return routed.fitting.fit(routed.rests, step, routed.context.call, values, image) if values else image, text
+            if values:
+                paired = routed.context.branch == "both"
+                image = routed.fitting.fit(routed.rests, step, routed.context.call, values, image, paired)
+            return image, text
         if whole:
             if last:  # copies: others may write into what a block returns
                 entered = routed.context.memo.get("entered")

@@ -54,6 +54,6 @@ class RestSession(Protocol):
     """What fits stand-ins puts into the passes of a generation: blocks run at steps at rest too, to be learned from; see
     `calibration/stand_ins.py`."""
 
-    def fit(self, plan: RestPlan, step: int, call: int, values: Sequence[Tensor], out: Tensor) -> Tensor:
+    def fit(self, plan: RestPlan, step: int, call: int, values: Sequence[Tensor], out: Tensor, paired: bool) -> Tensor:
         """What is to stand in at this pass of a step [B, N, D], of the K values that are known [B, N, D] and what the blocks made
-        [B, N, D]."""
+        [B, N, D]; `paired` where they are [unconditional; conditional] halves."""
