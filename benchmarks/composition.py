@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from family_quality import FEWEST
 from torch import Tensor
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -86,6 +87,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/composition.json"))
     args = parser.parse_args()
+    if args.count < FEWEST:
+        parser.error(f"{args.count} captions; an interval of KID needs {FEWEST}")
     common.quiet_libraries()
     common.keep_freed_memory()
     data, all_ways = EmojiData(), ways()
