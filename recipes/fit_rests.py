@@ -1,7 +1,7 @@
 """Fit what stands in for the blocks at steps at rest: `demo/adapters/blocks-fitted` for the embedded pipeline at 25 and 8
 steps, and `demo/few-step/adapters/blocks-fitted` for its distilled form at 4 and 3.
 
-    python recipes/fit_rests.py      # some 15 minutes on 2 cores; no gradients
+    python recipes/fit_rests.py      # no gradients
 
 Prompts are captions of the training split.
 """

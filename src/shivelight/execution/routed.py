@@ -391,17 +391,17 @@ class Routed(nn.Module):
 
     def stand_in(self) -> StandInMap | None:
         """The map that was fitted for this pass; None where the last output, or its forecast, stands in."""
+        if self.stand_ins is None:
+            return None
         plan = self._asked(*self.shape)[2]
-        if self.stand_ins is None or not isinstance(plan, StalePlan) or not plan.stand_ins:
+        if not isinstance(plan, StalePlan) or not plan.stand_ins:
             return None
         return self.stand_ins.find(self.rests, self.context.step, self.context.call)
 
     def _place(self, block: int, text: Tensor | None) -> tuple[tuple[int, int], Tensor | None]:
         """Where the residuals of a block in this pass are kept, and the text tokens that are among them."""
-        return (
-            self.context.call,
-            -1 if self.config.together else block,
-        ), text if self.config.blocks is not None else None
+        place = self.context.call, -1 if self.config.together else block
+        return place, text if self.config.blocks is not None else None
 
     def _entry(self, block: int, x: Tensor, text: Tensor | None) -> BlockResiduals | None:
         """The residuals of a block in this pass, where some are reused and fit."""

@@ -103,18 +103,9 @@ class StaleGates:
         """What a generation whose token schedule is `kept` may spend, or None where every block runs."""
         if budget.everything or budget.kind == "keep":
             return None
-        return self.planner.once(
-            (
-                "stale",
-                self.config.router,
-                budget,
-                request,
-                self.reuse,
-                self.stand_ins and self.stand_ins.config,
-                tuple(kept),
-            ),
-            lambda: self._solve(request, budget, kept),
-        )
+        fitted = None if self.stand_ins is None else self.stand_ins.config
+        key = ("stale", self.config.router, budget, request, self.reuse, fitted, tuple(kept))
+        return self.planner.once(key, lambda: self._solve(request, budget, kept))
 
     def _solve(self, request: Request, budget: Budget, kept: Sequence[Sequence[int]]) -> StalePlan:
         planner, steps = self.planner, len(kept)
