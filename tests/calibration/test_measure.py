@@ -87,6 +87,16 @@ def test_widths_and_rest_are_timed_where_there_are_any(pipe) -> None:  # noqa: A
     assert table.router_ms > 0
 
 
+def test_a_map_at_rest_is_timed(pipe) -> None:  # noqa: ANN001
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks"))
+    assert measure_table(pipe.transformer, routed_of(pipe), LOAD, seconds=0).map_ms == 0
+    sl.fit_stand_ins(pipe, ["a", "b"], steps=4, computes=(0.5,), rank=4, guidance=1.0, max_sequence_length=16)
+    said: list[str] = []
+    table = measure_table(pipe.transformer, routed_of(pipe), LOAD, seconds=0, progress=said.append)
+    assert "map" in said and table.map_ms > 0 and "the map at rest" in str(table)
+    assert LatencyTable.from_dict(table.to_dict()) == table
+
+
 def test_what_cannot_leave_anything_out_is_refused(pipe) -> None:  # noqa: ANN001
     sl.attach(pipe, sl.RoutingConfig(None, deltas=sl.DeltaConfig()))
     with pytest.raises(BudgetError, match="no routing"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from gating import gated
@@ -15,6 +16,8 @@ from shivelight.errors import BudgetError
 from shivelight.execution.latency_table import LatencyTable, TimeCurve
 from shivelight.execution.planning import Budget
 from shivelight.execution.pricing import Load, equivalent, most_compute, predicted_ms
+from shivelight.execution.stale import run_steps
+from shivelight.execution.stand_ins import StandInMaps, known_values
 
 LOAD = Load(64, 7, 1, "single")
 STEPS = tuple(1000.0 - 100 * step for step in range(8))
@@ -80,6 +83,23 @@ def test_intervals_are_predicted_by_the_steps_that_run(pipe) -> None:  # noqa: A
     table, budget = linear_table(routed), Budget("compute", 0.5)
     predicted = predicted_ms(routed, table, routed.request(STEPS, 64, 7, budget), budget)
     assert predicted == pytest.approx((4 * 42.0 + 4 * 2.0) / 8)
+
+
+def test_maps_at_rest_take_their_time(pipe) -> None:  # noqa: ANN001
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks"))
+    routed = routed_of(pipe)
+    plan = sl.RestPlan(8, tuple(run_steps(4, 8, 100, routed.config.reuse.spacing(8))))
+    routed.set_stand_ins(StandInMaps(sl.StandIns(2, (plan,)), 32))
+    table, budget = replace(linear_table(routed), map_ms=3.0), Budget("compute", 0.62)
+    count = len(routed.routed)
+    # A map of K values has K + 1 products; the table has the time of the largest.
+    sizes = [known_values(plan, step) + 1 for step in range(8) if step not in plan.runs]
+    expected = (4 * (2.0 + 10 * count) + 4 * 2.0 + 3.0 * sum(sizes) / max(sizes)) / 8
+    assert predicted_ms(routed, table, routed.request(STEPS, 64, 7, budget), budget) == pytest.approx(expected)
+    without = Budget("compute", 0.5)  # which does not pay for them
+    assert predicted_ms(routed, table, routed.request(STEPS, 64, 7, without), without) == pytest.approx(
+        2.0 + 10 * count / 2
+    )
 
 
 def test_gates_are_predicted_by_their_expected_runs(pipe) -> None:  # noqa: ANN001

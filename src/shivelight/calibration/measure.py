@@ -59,6 +59,8 @@ def measure_table(
         asks = routed.gates is not None or (routed.config.tokens is not None and counts)
         if entered is not None and asks:
             ways["routers"] = partial(passes.routers, *entered)
+        if entered is not None and routed.stand_ins is not None and len(routed.stand_ins.maps):
+            ways["map"] = partial(passes.map, routed.stand_ins.largest(), entered[0])
         took = 0.0
         for run in ways.values():  # kernels are chosen, narrow weights gathered
             began = time.perf_counter()
@@ -160,6 +162,7 @@ def _table(
         curves,
         _places(routed, load, groups),
         (high - low) / dense,
+        ms.get("map", 0.0),
     )
 
 

@@ -17,6 +17,7 @@ from shivelight.execution.pricing import Load
 from shivelight.execution.reuse import BlockResiduals
 from shivelight.execution.routed import Routed
 from shivelight.execution.settling import Settling
+from shivelight.execution.stand_ins import StandInMap
 
 _STEPS = 50
 
@@ -144,3 +145,8 @@ class Rehearsed:
                     routed.scores(block, x[first:], slice(first, None))
                 if routed.gates is not None:
                     routed.read_gates(block, x[first:], text, first)
+
+    def map(self, own: StandInMap, x: Tensor) -> None:
+        """What stands in for all blocks at rest, on values like x [B, N, D]."""
+        for _ in range(self.repeats):
+            own([x] * own.known)

@@ -20,7 +20,7 @@ from shivelight.execution.routed import NAME, Routed
 from shivelight.files import replacing
 from shivelight.measurement.machine import machine_info
 
-FORMAT = 1
+FORMAT = 2
 
 
 def cache_folder() -> Path:

@@ -80,6 +80,7 @@ class LatencyTable:
         curves: by kind of block.
         places: for each routed block, its kind and the share of the kind's time that is its own (by FLOPs).
         spread: interquartile range of the untouched pass over its median.
+        map_ms: of the largest map that stands in for all blocks at rest; 0 where none was fitted.
     """
 
     tokens: int
@@ -90,6 +91,7 @@ class LatencyTable:
     curves: Mapping[str, TimeCurve]
     places: tuple[tuple[str, float], ...]
     spread: float
+    map_ms: float = 0.0
 
     def __hash__(self) -> int:
         return hash((self.tokens, self.dense_ms, self.never_ms))
@@ -127,7 +129,8 @@ class LatencyTable:
                 for kind, entry in data["curves"].items()
             }
             places = tuple((str(kind), float(share)) for kind, share in data["places"])
-            single = {name: float(data[name]) for name in ("dense_ms", "never_ms", "rest_ms", "router_ms", "spread")}
+            names = ("dense_ms", "never_ms", "rest_ms", "router_ms", "map_ms", "spread")
+            single = {name: float(data[name]) for name in names}
             table = cls(int(data["tokens"]), curves=curves, places=places, **single)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a latency table: {error!r}") from error
@@ -148,6 +151,8 @@ class LatencyTable:
         ]
         if self.rest_ms:
             lines.append(f"  {'a block at rest':<{width}}  {self.rest_ms:9.3f}")
+        if self.map_ms:
+            lines.append(f"  {'the map at rest':<{width}}  {self.map_ms:9.3f}")
         if self.router_ms:
             lines.append(f"  {'all routers':<{width}}  {self.router_ms:9.3f}  (within the blocks' times)")
         for kind, curve in self.curves.items():

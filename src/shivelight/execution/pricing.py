@@ -77,6 +77,9 @@ def predicted_ms(routed: Routed, table: LatencyTable, request: Request, budget: 
         whole = routed.planner.whole_flops(kept, request)
         shares = [min(1.0, spent / all_) for spent, all_ in zip(plan.allotted, whole, strict=True)]
         runs = [rest + share * (run - rest) for share, run in zip(shares, runs, strict=True)]
+        if routed.stand_ins is not None and plan.stand_ins:
+            runs.append(table.map_ms * plan.stand_ins / routed.stand_ins.largest().flops(request.tokens))
+            return math.fsum(runs) / plan.steps
     return math.fsum(runs) / len(runs)
 
 

@@ -41,6 +41,7 @@ class StandInMap(nn.Module):
 
     def __init__(self, known: int, width: int, rank: int) -> None:
         super().__init__()
+        self.known = known
         # Parameters, for the adapter's size; a closed form makes them, never a gradient.
         self.scale = _constant(known, width)
         self.bias = _constant(width)
@@ -116,6 +117,10 @@ class StandInMaps(nn.Module):
         return [
             0 if own is None else own.flops(tokens) for own in (self.find(plan, step, 0) for step in range(plan.steps))
         ]
+
+    def largest(self) -> StandInMap:
+        """The map of the most values."""
+        return max((own for own in self.maps.values() if isinstance(own, StandInMap)), key=lambda own: own.flops(1))
 
     def _plan(self, plan: RestPlan) -> RestPlan | None:
         return next((p for p in self.config.plans if (p.steps, p.runs) == (plan.steps, plan.runs)), None)
