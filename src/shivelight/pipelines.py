@@ -1,7 +1,7 @@
 """How the pipelines of all families are asked for pictures: their calls differ in what they name and in what they lack."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,14 @@ def any_caption(pipe: Any) -> str:
 
 
 def draw(
-    pipe: Any, captions: Sequence[str], seeds: Sequence[int], steps: int, guidance: float | None = None, **options: Any
+    pipe: Any,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float | None = None,
+    *,
+    call: Callable[..., Any] | None = None,
+    **options: Any,
 ) -> Any:
     """Pictures of captions (or classes), one from each seed.
 
@@ -82,6 +89,7 @@ def draw(
         seeds: of the noise, likewise.
         steps: of sampling.
         guidance: scale, by whatever name the pipeline knows it; its own default for None.
+        call: in the place of the pipeline's own.
         options: further arguments of the call; those that it does not know are left out.
 
     Returns:
@@ -105,7 +113,7 @@ def draw(
         arguments["true_cfg_scale"] = guidance
     else:
         arguments["guidance_scale"] = guidance
-    output = pipe(**named, **accepted(pipe, **arguments))
+    output = (call or pipe)(**named, **accepted(pipe, **arguments))
     if hasattr(output, "frames"):
         return [video[0] for video in output.frames] if isinstance(output.frames, list) else output.frames[:, 0]
     return output.images

@@ -81,6 +81,12 @@ class BlockResiduals:
             self.complete[sample], self.reused[sample] = part.complete[place], part.reused[place]
             self.ran_at[sample] = part.ran_at[place]
 
+    def detach(self) -> None:
+        """Drop the gradients' way back to what computed them."""
+        for series in (self.image, self.entered, self.text):
+            if series is not None:
+                series.detach()
+
     def may_serve(self, sample: int, most: int) -> bool:
         """Whether a sample's residual is there and was used fewer than `most` times in a row."""
         return self.complete[sample] and self.reused[sample] < most
@@ -315,6 +321,11 @@ class ResidualCache:
     def megabytes(self) -> float:
         """Memory held, in units of 1e6 bytes."""
         return sum(entry.bytes for entry in self._entries.values()) / 1e6
+
+    def detach(self) -> None:
+        """Drop the gradients' way back to what computed the residuals."""
+        for entry in self._entries.values():
+            entry.detach()
 
     def clear(self) -> None:
         """Forget everything."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shivelight.backbones.spec import BackboneSpec
-from shivelight.config import RestPlan, Reuse, RoutingConfig
+from shivelight.config import DeltaConfig, RestPlan, Reuse, RoutingConfig
 from shivelight.cost import backbone_costs
 from shivelight.errors import BudgetError, ShivelightError, UnsupportedBackboneError
 from shivelight.execution.block_gates import BlockGates
@@ -227,8 +227,11 @@ class Routed(nn.Module):
         if self.folded is not None:
             self.folded.apply(enabled)
 
-    def set_deltas(self, model: nn.Module, deltas: dict[str, Delta]) -> None:
-        """Fold these DoRA deltas into the backbone, in the place of earlier ones; an empty dict removes them."""
+    def set_deltas(self, model: nn.Module, deltas: dict[str, Delta], config: DeltaConfig | None = None) -> None:
+        """Fold these DoRA deltas into the backbone, in the place of earlier ones; an empty dict removes them. Where they are of
+        another kind, `config` says which."""
+        if deltas and config is not None:
+            self._configure(replace(self.config, deltas=config))
         if self.folded is not None:
             self.folded.apply(False)
         self.deltas, self.folded = deltas, None

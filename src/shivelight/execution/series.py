@@ -81,6 +81,11 @@ class Series:
         write_rows(self.last, indices, value)
         self.at.scatter_(1, indices, step)
 
+    def detach(self) -> None:
+        """Drop the gradients' way back to what computed it."""
+        self.last = self.last.detach()
+        self.before = None if self.before is None else self.before.detach()
+
     def stale(self, step: int, most: int) -> bool | Tensor:
         """Whether a row was computed more than `most` steps ago: one answer where all rows agree, else [B, R]."""
         at = self._when[0]

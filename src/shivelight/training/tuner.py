@@ -1,0 +1,364 @@
+"""Deltas tuned through the generation as it will be walked: what runs after a rest learns to mend what the rest has left.
+
+A routed generation starts from the noise of a dense one and goes by the pipeline's own call, with gradients. Before each run its
+latents should be those of the dense one at that step: the loss is their mean square difference, and gradients end there, so that
+a pass costs the memory of one run. Data are prompts alone. What stands in at rest (`fit_stand_ins`) stays as it was fitted.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from shivelight.adapter import backbone_of, routed_of
+from shivelight.adapter_files import save_adapter
+from shivelight.budgets import set_budget
+from shivelight.config import DeltaConfig
+from shivelight.errors import TrainingError
+from shivelight.execution.compiled import Regions
+from shivelight.execution.routed import Routed
+from shivelight.files import replacing
+from shivelight.pipelines import draw
+from shivelight.training import checkpoints
+from shivelight.training.deltas import LiveDeltas
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """How deltas are tuned.
+
+    Attributes:
+        steps: of sampling, which are those of use later.
+        computes: budgets that are walked in turns; one that is named twice is walked twice as often.
+        guidance: scale; the pipeline's default for None.
+        iterations: optimiser steps.
+        batch: trajectories of each.
+        trajectories: dense generations to learn from, of the prompts in turn; kept on disk.
+        rank: of the deltas, whose alpha it is too; of deltas that are there already, theirs stays.
+        lr: peak learning rate (AdamW), reached in `warmup` iterations and let fall to 0.
+        warmup: iterations.
+        max_grad_norm: gradients are clipped to it.
+        mixed_precision: "bf16" runs what autocast allows in it, while deltas and optimiser stay fp32.
+        checkpointing: blocks run a second time in the backward pass, for memory.
+        seed: of the first trajectory's noise; keep it apart from those that judge.
+        checkpoint_every: iterations.
+    """
+
+    steps: int
+    computes: tuple[float, ...]
+    guidance: float | None = None
+    iterations: int = 500
+    batch: int = 16
+    trajectories: int = 1024
+    rank: int = 16
+    lr: float = 5e-4
+    warmup: int = 20
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    checkpointing: bool = False
+    seed: int = 6_000_000
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        least = {"steps": 2, "iterations": 1, "batch": 1, "trajectories": 1, "rank": 1, "checkpoint_every": 1}
+        for name, fewest in least.items():
+            if getattr(self, name) < fewest:
+                raise TrainingError(f"{name} is {getattr(self, name)}; give at least {fewest}.")
+        if not self.computes or not all(0 < compute < 1 for compute in self.computes):
+            raise TrainingError(f"computes is {self.computes}; give shares of the dense FLOPs below 1, such as (0.5,).")
+        if not (0 < self.lr < math.inf and self.warmup >= 0 and self.max_grad_norm > 0):
+            raise TrainingError("lr and max_grad_norm are positive numbers, warmup at least 0.")
+
+
+class Tuner:
+    """Tunes deltas for a pipeline on which blocks rest together. `run` leaves them folded in.
+
+    Args:
+        pipe: with `training_free(axis="blocks")` attached, with or without fitted stand-ins; with deltas, these are tuned on.
+        prompts: of what is usually drawn.
+        config: settings of the run.
+        out: folder of trajectories, checkpoints, log and the adapter; a run there is gone on with.
+        options: further arguments of the pipeline call.
+
+    Raises:
+        TrainingError: no steps can rest, or the pipeline's call cannot record gradients.
+    """
+
+    def __init__(self, pipe: Any, prompts: Sequence[str], config: TuneConfig, out: Path, **options: Any) -> None:
+        self.pipe, self.config, self.out = pipe, config, out
+        self.prompts, self.options = list(prompts), {"output_type": "latent"} | options
+        self.routed: Routed = routed_of(pipe)
+        self.backbone: Any = backbone_of(pipe)
+        if not self.prompts:
+            raise TrainingError("There are no prompts to learn from.")
+        if self.routed.clock.pipeline is None or not self.routed.config.together:
+            raise TrainingError(
+                "Deltas are tuned where all blocks run or rest together, and nothing is attached to the pipeline that does so. "
+                'Attach RoutingConfig.training_free(compute=1.0, axis="blocks") to it first.'
+            )
+        self.trajectories = Trajectories(out / "trajectories", self._identity() | {"made of": "the dense model"})
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+
+    def run(self, on_step: Callable[[dict[str, float]], None] | None = None, until: int | None = None) -> Path:
+        """Tune to the end (or up to iteration `until`), going on from the newest checkpoint in `out`; returns the adapter's folder.
+
+        Args:
+            on_step: called after each iteration with its log record.
+            until: stop early, as an interruption would; a checkpoint is written.
+        """
+        self._record_dense()
+        last = min(self.config.iterations, until or self.config.iterations)
+        routed, backbone = self.routed, self.backbone
+        regions, budget, tuned = routed.regions, routed.budget, routed.deltas
+        deltas = routed.config.deltas or DeltaConfig(self.config.rank, float(self.config.rank))
+        routed.set_deltas(backbone, {})
+        with _frozen(self.pipe), torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            live = LiveDeltas(backbone, routed.spec, deltas, tuned)
+            parameters = dict(live.named_parameters())
+            optimizer = torch.optim.AdamW(parameters.values(), self.config.lr, (0.9, 0.99), weight_decay=0.0)
+            routed.regions = CheckpointedRegions() if self.config.checkpointing else Regions()
+            try:
+                self._resume(parameters, optimizer)
+                while self.step < last:
+                    self._log(self._iterate(optimizer), on_step)
+                    if self.step % self.config.checkpoint_every == 0 or self.step == last:
+                        self._save(parameters, optimizer)
+                tuned = live.extract()
+            except KeyboardInterrupt:
+                self._save(parameters, optimizer)
+                raise
+            finally:
+                live.remove()
+                routed.regions, routed.budget = regions, budget
+                routed.reset()
+                routed.set_deltas(backbone, tuned, deltas)
+        if self.step < self.config.iterations:
+            return self.out
+        tail = self.history[-50:]
+        training = {"command": "tune", "prompts": len(self.prompts), **asdict(self.config)}
+        training["loss"] = sum(record["loss"] for record in tail) / len(tail)
+        save_adapter(self.pipe, self.out / "adapter", training)
+        return self.out / "adapter"
+
+    def _log(self, record: dict[str, float], on_step: Callable[[dict[str, float]], None] | None) -> None:
+        self.history.append(record)
+        with (self.out / "losses.jsonl").open("a") as handle:
+            handle.write(json.dumps(record) + "\n")
+        if on_step is not None:
+            on_step(record)
+
+    def _record_dense(self) -> None:
+        """Dense generations that are not there yet."""
+        count, batch = self.config.trajectories, self.config.batch
+        with self.routed.switched(False):
+            for first in range(0, count, batch):
+                chosen = [place for place in range(first, min(first + batch, count)) if place not in self.trajectories]
+                if not chosen:
+                    continue
+                seen: list[Tensor] = []
+                with _watched(self.pipe.scheduler, partial(_keep, seen)):
+                    self._generate(chosen)
+                for row, place in enumerate(chosen):
+                    self.trajectories.put(place, torch.stack([latents[row] for latents in seen]))
+
+    def _generate(self, chosen: Sequence[int], call: Callable[..., Any] | None = None) -> None:
+        """These trajectories once more, from their noise."""
+        captions = [self.prompts[place % len(self.prompts)] for place in chosen]
+        seeds = [self.config.seed + place for place in chosen]
+        draw(self.pipe, captions, seeds, self.config.steps, self.config.guidance, call=call, **self.options)
+
+    def _iterate(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """One optimiser step; returns what is logged."""
+        began, config = time.perf_counter(), self.config
+        generator = torch.Generator().manual_seed(config.seed + self.step)
+        chosen = torch.randint(config.trajectories, (config.batch,), generator=generator).tolist()
+        compute = config.computes[self.step % len(config.computes)]
+        set_budget(self.pipe, compute=compute)
+        walk = Walk(self.routed, self.trajectories.get(chosen))
+        device = next(self.backbone.parameters()).device.type
+        bf16 = torch.autocast(device, torch.bfloat16) if config.mixed_precision == "bf16" else nullcontext()
+        with torch.enable_grad(), bf16, _watched(self.pipe.scheduler, walk):
+            self._generate(chosen, recording(self.pipe))
+        loss = sum(walk.losses)
+        if not walk.losses or not math.isfinite(loss):
+            raise TrainingError(
+                f"The loss became {loss} in iteration {self.step}. Go on from the last checkpoint with a lower learning rate, or "
+                "check the backbone's precision."
+            )
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+        left = 1 - self.step / config.iterations
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(left, (self.step + 1) / max(1, config.warmup))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        seconds = time.perf_counter() - began
+        return {"step": self.step, "compute": compute, "loss": loss, "last": walk.losses[-1], "grad_norm": norm,
+                "seconds": seconds}  # fmt: skip
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        config, settings = self.routed.config, asdict(self.config)
+        del settings["checkpoint_every"], settings["checkpointing"]
+        return {
+            "tune": settings | {"computes": list(self.config.computes)},
+            "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16],
+            "backbone": type(self.backbone).__name__,
+            "routing": replace(config, deltas=None, compute=None, keep=1.0).to_dict(),
+            "options": {name: repr(value) for name, value in self.options.items()},
+        }
+
+    def _save(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        tensors = {name: parameter.detach() for name, parameter in parameters.items()}
+        checkpoints.save(self.out, self.step, tensors, optimizer.state_dict(), self._identity())
+
+    def _resume(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        found = checkpoints.newest(self.out)
+        if found is None:
+            return
+        state = checkpoints.load(found, self._identity())
+        if set(parameters) != set(state.tensors):
+            raise TrainingError(
+                f"The checkpoint {found} holds other parameters than this run; use another output folder."
+            )
+        with torch.no_grad():
+            for name, tensor in state.tensors.items():
+                parameters[name].copy_(tensor)
+        optimizer.load_state_dict(state.optimizer)
+        self.step = state.step
+        self.history = checkpoints.truncate_log(self.out / "losses.jsonl", self.step, write=True)
+
+
+class Trajectories:
+    """Latents of dense generations after each of their model calls, one file for each.
+
+    Args:
+        folder: of the files.
+        identity: of what they were made by; others are refused.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        told, known = json.dumps(identity, sort_keys=True), folder / "run.json"
+        if known.exists() and known.read_text() != told:
+            raise TrainingError(
+                f"The trajectories in {folder} were made with other settings. Use the same ones to go on, or another output folder."
+            )
+        with replacing(known) as unfinished:
+            unfinished.write_text(told)
+
+    def __contains__(self, place: int) -> bool:
+        return self._path(place).exists()
+
+    def put(self, place: int, latents: Tensor) -> None:
+        """Keep one: latents [T, ...] after each call."""
+        with replacing(self._path(place)) as unfinished:
+            save_file({"latents": latents.cpu().contiguous()}, unfinished)
+
+    def get(self, chosen: Sequence[int]) -> Tensor:
+        """Latents [T, B, ...] of some."""
+        try:
+            return torch.stack([load_file(self._path(place))["latents"] for place in chosen], dim=1)
+        except (OSError, SafetensorError, KeyError) as error:
+            raise TrainingError(
+                f"A trajectory in {self.folder} cannot be read: {error}. Delete the folder; it is made anew."
+            ) from error
+
+    def _path(self, place: int) -> Path:
+        return self.folder / f"{place:06d}.safetensors"
+
+
+class Walk:
+    """Follows a routed generation with gradients, and cuts it before each run: backward from the difference to the dense latents.
+
+    Args:
+        routed: state of the backbone.
+        wanted: latents [T, B, ...] of the dense generations after each model call.
+    """
+
+    def __init__(self, routed: Routed, wanted: Tensor) -> None:
+        self.routed, self.wanted = routed, wanted
+        self.losses: list[float] = []
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """After a call's latents [B, ...]: those to go on with."""
+        step, plan = self.routed.context.step, self.routed.rests
+        if step + 1 < plan.steps and step + 1 not in plan.runs:
+            return latents
+        if not latents.requires_grad:
+            raise TrainingError(
+                "The pipeline's call records no gradients. Deltas are tuned through pipelines whose call is wrapped in "
+                "torch.no_grad as diffusers' own are, and nothing more."
+            )
+        loss = (latents.float() - self.wanted[step].to(latents.device)).square().mean()
+        loss.backward()
+        self.losses.append(loss.item())
+        self.routed.residuals.detach()
+        return latents.detach()
+
+
+class CheckpointedRegions(Regions):
+    """Runs blocks without keeping what the backward pass needs, which runs them once more."""
+
+    def run(self, key: Any, function: Callable[..., Any], *args: Any) -> Any:
+        """What the function gives."""
+        return checkpoint(function, *args, use_reentrant=False)
+
+
+def recording(pipe: Any) -> Callable[..., Any]:
+    """The pipeline's call without the torch.no_grad that diffusers wraps it in."""
+    return partial(getattr(type(pipe).__call__, "__wrapped__", type(pipe).__call__), pipe)
+
+
+def _keep(seen: list[Tensor], latents: Tensor) -> Tensor:
+    seen.append(latents.float())
+    return latents
+
+
+@contextmanager
+def _watched(scheduler: Any, see: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Each step of the scheduler is seen, and what is returned takes the place of its latents."""
+    own = scheduler.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        made = own(*args, **kwargs)
+        if isinstance(made, tuple):
+            return (see(made[0]), *made[1:])
+        made.prev_sample = see(made.prev_sample)
+        return made
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+@contextmanager
+def _frozen(pipe: Any) -> Iterator[None]:
+    """No parameter of the pipeline's parts asks for gradients."""
+    parts = [part for part in getattr(pipe, "components", {}).values() if isinstance(part, nn.Module)]
+    asked = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
