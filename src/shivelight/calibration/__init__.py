@@ -2,7 +2,7 @@
 blocks at rest, fitted on the user's prompts."""
 
 from shivelight.calibration.measure import SECONDS, measure_table
-from shivelight.calibration.stand_ins import FittedRests, fit_rests
+from shivelight.calibration.stand_ins import FittedRests, fit_rests, fitted_computes
 from shivelight.calibration.tables import TableFile, Tables, cache_folder, setting_of, usual_load
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Tables",
     "cache_folder",
     "fit_rests",
+    "fitted_computes",
     "measure_table",
     "setting_of",
     "usual_load",

@@ -228,6 +228,12 @@ def fit_rests(
     ]
 
 
+def fitted_computes(routed: Routed, steps: int) -> tuple[float, ...]:
+    """The least budgets that run what was fitted for so many steps, at the backbone's own size (or that of the last generation)."""
+    plans = () if routed.stand_ins is None else routed.stand_ins.config.plans
+    return tuple(_compute(routed, plan) for plan in plans if plan.steps == steps)
+
+
 def _joined(routed: Routed, fitted: dict[RestPlan, Fitting], rank: int) -> StandInMaps:
     """Maps that were there, of other plans, and the new ones."""
     earlier = routed.stand_ins

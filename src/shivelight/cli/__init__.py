@@ -22,7 +22,7 @@ app = typer.Typer(
 logging.set_verbosity_error()
 
 CTRL_C = 130  # what typer makes of a KeyboardInterrupt
-COMMANDS = ("demo", "train", "generate", "evaluate", "bench", "calibrate", "fit", "import", "report")
+COMMANDS = ("demo", "train", "generate", "evaluate", "bench", "calibrate", "fit", "tune", "import", "report")
 for _command in COMMANDS:
     _name = f"{_command}_" if iskeyword(_command) else _command
     app.command(_command)(getattr(import_module(f"shivelight.cli.{_name}"), _name))

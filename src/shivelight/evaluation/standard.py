@@ -84,7 +84,8 @@ def adapter_points(
 
 def method_name(config: RoutingConfig) -> str:
     """What an adapter is called in results.json, but for reuse."""
-    blocks = "blocks-refresh" if config.closed_reuse else "blocks-fitted" if config.stand_ins is not None else "blocks"
+    fitted = "blocks-fitted" if config.deltas is None else "blocks-tuned"
+    blocks = "blocks-refresh" if config.closed_reuse else fitted if config.stand_ins is not None else "blocks"
     axes = {"tokens": config.tokens, blocks: config.blocks}
     return "+".join(axis for axis, settings in axes.items() if settings is not None)
 

@@ -38,6 +38,7 @@ KNOWN = {
     "blocks": MethodStyle(GREEN, "^"),
     "blocks-refresh": MethodStyle(GREEN, "v"),
     "blocks-fitted": MethodStyle(BLUE, "D"),
+    "blocks-tuned": MethodStyle(VERMILION, "D"),
     "tokens+blocks": MethodStyle(PURPLE, "D"),
     "tokens+blocks-refresh": MethodStyle(PURPLE, "P"),
     "training-free": MethodStyle(VERMILION, "h"),
@@ -54,7 +55,7 @@ OTHERS = (
     MethodStyle(PURPLE, "8"),
 )
 OURS = (
-    "tokens", "blocks", "blocks-refresh", "blocks-fitted", "tokens+blocks", "tokens+blocks-refresh",
+    "tokens", "blocks", "blocks-refresh", "blocks-fitted", "blocks-tuned", "tokens+blocks", "tokens+blocks-refresh",
     "training-free", "training-free-blocks", "training-free-both",
 )  # fmt: skip
 

@@ -35,6 +35,9 @@ from shivelight.training import checkpoints
 from shivelight.training.deltas import LiveDeltas
 
 
+Generate = Callable[[Callable[..., Any], Sequence[int]], None]
+
+
 @dataclass(frozen=True)
 class TuneConfig:
     """How deltas are tuned.
@@ -90,18 +93,30 @@ class Tuner:
         prompts: of what is usually drawn.
         config: settings of the run.
         out: folder of trajectories, checkpoints, log and the adapter; a run there is gone on with.
+        generate: (call, numbers of trajectories) -> None: runs their generations by `call`, which is the pipeline's, each from
+            noise of its own; in the place of prompts, where a call needs more than those.
         options: further arguments of the pipeline call.
 
     Raises:
         TrainingError: no steps can rest, or the pipeline's call cannot record gradients.
     """
 
-    def __init__(self, pipe: Any, prompts: Sequence[str], config: TuneConfig, out: Path, **options: Any) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        config: TuneConfig,
+        out: Path,
+        *,
+        generate: Generate | None = None,
+        **options: Any,
+    ) -> None:
         self.pipe, self.config, self.out = pipe, config, out
+        self._generate = generate or self._draw
         self.prompts, self.options = list(prompts), {"output_type": "latent"} | options
         self.routed: Routed = routed_of(pipe)
         self.backbone: Any = backbone_of(pipe)
-        if not self.prompts:
+        if not self.prompts and generate is None:
             raise TrainingError("There are no prompts to learn from.")
         if self.routed.clock.pipeline is None or not self.routed.config.together:
             raise TrainingError(
@@ -112,6 +127,12 @@ class Tuner:
         self.step = 0
         self.history: list[dict[str, float]] = []
 
+    @property
+    def done(self) -> int:
+        """Iterations of the newest checkpoint."""
+        found = checkpoints.newest(self.out)
+        return 0 if found is None else checkpoints.load(found, self._identity()).step
+
     def run(self, on_step: Callable[[dict[str, float]], None] | None = None, until: int | None = None) -> Path:
         """Tune to the end (or up to iteration `until`), going on from the newest checkpoint in `out`; returns the adapter's folder.
 
@@ -119,7 +140,7 @@ class Tuner:
             on_step: called after each iteration with its log record.
             until: stop early, as an interruption would; a checkpoint is written.
         """
-        self._record_dense()
+        self.record_dense()
         last = min(self.config.iterations, until or self.config.iterations)
         routed, backbone = self.routed, self.backbone
         regions, budget, tuned = routed.regions, routed.budget, routed.deltas
@@ -161,22 +182,24 @@ class Tuner:
         if on_step is not None:
             on_step(record)
 
-    def _record_dense(self) -> None:
-        """Dense generations that are not there yet."""
+    def record_dense(self, told: Callable[[], None] | None = None) -> None:
+        """Generate what trajectories are not there yet; `told` is called for each that is."""
         count, batch = self.config.trajectories, self.config.batch
         with self.routed.switched(False):
             for first in range(0, count, batch):
-                chosen = [place for place in range(first, min(first + batch, count)) if place not in self.trajectories]
-                if not chosen:
-                    continue
+                chosen = range(first, min(first + batch, count))
                 seen: list[Tensor] = []
-                with _watched(self.pipe.scheduler, partial(_keep, seen)):
-                    self._generate(chosen)
-                for row, place in enumerate(chosen):
-                    self.trajectories.put(place, torch.stack([latents[row] for latents in seen]))
+                # All of a batch, or none: alone, one would differ in its last bits.
+                if not all(place in self.trajectories for place in chosen):
+                    with _watched(self.pipe.scheduler, partial(_keep, seen)):
+                        self._generate(self.pipe, chosen)
+                    for row, place in enumerate(chosen):
+                        self.trajectories.put(place, torch.stack([latents[row] for latents in seen]))
+                if told is not None:
+                    for _ in chosen:
+                        told()
 
-    def _generate(self, chosen: Sequence[int], call: Callable[..., Any] | None = None) -> None:
-        """These trajectories once more, from their noise."""
+    def _draw(self, call: Callable[..., Any], chosen: Sequence[int]) -> None:
         captions = [self.prompts[place % len(self.prompts)] for place in chosen]
         seeds = [self.config.seed + place for place in chosen]
         draw(self.pipe, captions, seeds, self.config.steps, self.config.guidance, call=call, **self.options)
@@ -188,11 +211,11 @@ class Tuner:
         chosen = torch.randint(config.trajectories, (config.batch,), generator=generator).tolist()
         compute = config.computes[self.step % len(config.computes)]
         set_budget(self.pipe, compute=compute)
-        walk = Walk(self.routed, self.trajectories.get(chosen))
+        walk = Walk(self.routed, self.pipe.scheduler, self.trajectories.get(chosen))
         device = next(self.backbone.parameters()).device.type
         bf16 = torch.autocast(device, torch.bfloat16) if config.mixed_precision == "bf16" else nullcontext()
         with torch.enable_grad(), bf16, _watched(self.pipe.scheduler, walk):
-            self._generate(chosen, recording(self.pipe))
+            self._generate(recording(self.pipe), chosen)
         loss = sum(walk.losses)
         if not walk.losses or not math.isfinite(loss):
             raise TrainingError(
@@ -289,11 +312,12 @@ class Walk:
 
     Args:
         routed: state of the backbone.
+        scheduler: of the pipeline.
         wanted: latents [T, B, ...] of the dense generations after each model call.
     """
 
-    def __init__(self, routed: Routed, wanted: Tensor) -> None:
-        self.routed, self.wanted = routed, wanted
+    def __init__(self, routed: Routed, scheduler: Any, wanted: Tensor) -> None:
+        self.routed, self.scheduler, self.wanted = routed, scheduler, wanted
         self.losses: list[float] = []
 
     def __call__(self, latents: Tensor) -> Tensor:
@@ -306,10 +330,13 @@ class Walk:
                 "The pipeline's call records no gradients. Deltas are tuned through pipelines whose call is wrapped in "
                 "torch.no_grad as diffusers' own are, and nothing more."
             )
-        loss = (latents.float() - self.wanted[step].to(latents.device)).square().mean()
+        wanted = self.wanted[step].to(latents.device)
+        own = latents[: len(wanted)]  # DiT's come twice where guidance doubles the batch
+        loss = (own.float() - wanted).square().mean()
         loss.backward()
         self.losses.append(loss.item())
         self.routed.residuals.detach()
+        _forget_gradients(self.scheduler)
         return latents.detach()
 
 
@@ -329,6 +356,15 @@ def recording(pipe: Any) -> Callable[..., Any]:
 def _keep(seen: list[Tensor], latents: Tensor) -> Tensor:
     seen.append(latents.float())
     return latents
+
+
+def _forget_gradients(scheduler: Any) -> None:
+    """Schedulers of several steps keep what earlier calls made."""
+    for name, kept in vars(scheduler).items():
+        if isinstance(kept, Tensor) and kept.requires_grad:  # others stay the very tensors that they are
+            setattr(scheduler, name, kept.detach())
+        elif isinstance(kept, list) and any(isinstance(value, Tensor) for value in kept):
+            kept[:] = [value.detach() if isinstance(value, Tensor) else value for value in kept]
 
 
 @contextmanager
