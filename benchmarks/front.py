@@ -61,7 +61,8 @@ def ours(comparison: Comparison, adapters: Sequence[Path], computes: Sequence[fl
             points += adapter_points(comparison, adapter, ablations=False, compute=round(compute + more, 4))
     steps = comparison.setting.steps
     # What rests together is cheapest, so it is what people would combine.
-    together = {"training-free-blocks": range(1, steps), "blocks-fitted": fitted_steps(loaded)}
+    fitted = fitted_steps(loaded)
+    together = {"training-free-blocks": range(1, steps), "blocks-fitted": fitted, "blocks-tuned": fitted & {steps}}
     both = [replace(p, steps=n) for n in FEWER[steps] for p in points if n in together.get(p.method, ())]
     return [point for point in (*points, *both) if served(comparison, point)]
 
@@ -112,7 +113,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             known = [row for row in rows if row["method"] == method and metric.key in row]
             points = [Point(method, 1 / row["speedup"], metric.scale * row[metric.key]) for row in known]
             best = front(points, metric.higher_is_better)
-            ours, style = is_ours(method) and method.startswith(("training-free", "blocks-fitted")), styles[method]
+            ours, style = is_ours(method) and method.startswith(("training-free", "blocks-fitted", "blocks-tuned")), styles[method]
             place.plot(
                 [1 / point.latency_ms for point in best], [point.quality for point in best], style.line,
                 color=style.colour, marker=style.marker, markersize=7 if ours else 5, linewidth=2.2 if ours else 1.1,

@@ -34,7 +34,6 @@ from shivelight.pipelines import draw
 from shivelight.training import checkpoints
 from shivelight.training.deltas import LiveDeltas
 
-
 Generate = Callable[[Callable[..., Any], Sequence[int]], None]
 
 
