@@ -1,4 +1,5 @@
-"""Ours on top of what people do already: int8 weights and activations (torchao), fewer steps, and both, on the embedded pipeline.
+"""Ours on top of what people do already, on the embedded pipeline: int8 weights and activations (torchao), fewer steps, both,
+and First Block Cache, in whose passes a quarter of the FLOPs is left out, blocks with the freshest residuals first.
 
     python benchmarks/composition.py      # writes benchmarks/results/composition.json
 
@@ -7,7 +8,7 @@ Every way is compared with the float32 model at 25 steps, same captions of the t
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,32 +25,59 @@ from shivelight.evaluation.comparison import Comparison, Setting
 from shivelight.evaluation.features import feature_network
 from shivelight.evaluation.images import to_tensor
 from shivelight.evaluation.judging import Judge
+from shivelight.evaluation.peers.first_block_cache import first_block_cache
 from shivelight.evaluation.results import new_results, new_row, write_results
 from shivelight.measurement.latency import interleave
 
 OPTIONS = {"max_sequence_length": embedded.TEXT_TOKENS}
 FEWER, COMPUTE, BATCH = 13, 0.5, 20
+THRESHOLD, ON_TOP = 0.1, 0.75  # of First Block Cache; what is left of its passes
 
 
 @dataclass(frozen=True)
 class Way:
-    """Weights, steps, and whether half of the FLOPs are left out on top."""
+    """Weights, steps, whether a cache looks at the data, and whether half of the FLOPs are left out on top."""
 
     weights: str
     steps: int
     ours: bool
     comparison: Comparison
+    cache: bool = False
 
     @property
     def name(self) -> str:
         """Of its row."""
-        return f"{self.weights} {self.steps} steps" + (f" compute {COMPUTE}" if self.ours else "")
+        cache = " first-block-cache" if self.cache else ""
+        return f"{self.weights} {self.steps} steps{cache}" + (f" compute {self.compute}" if self.ours else "")
+
+    @property
+    def compute(self) -> float:
+        """Our budget."""
+        return ON_TOP if self.cache else COMPUTE
+
+    @property
+    def budget(self) -> dict[str, float]:
+        """Of its row."""
+        cache = {"threshold": THRESHOLD} if self.cache else {}
+        return cache | ({"compute": self.compute} if self.ours else {})
+
+    @property
+    def method(self) -> str:
+        """Of its row."""
+        names = ["first-block-cache"] * self.cache + ["training-free-blocks"] * self.ours
+        return "+".join(names) or ("dense" if self.steps == embedded.STEPS else "fewer-steps")
 
     @contextmanager
     def state(self) -> Iterator[None]:
         """The pipeline as it says."""
-        sl.set_budget(self.comparison.pipe, compute=COMPUTE)
-        with self.comparison.routed.switched(self.ours):
+        sl.set_budget(self.comparison.pipe, compute=self.compute)
+        routed = self.comparison.routed
+        with ExitStack() as stack:
+            if self.cache:
+                stack.enter_context(first_block_cache(self.comparison, THRESHOLD).state())
+                # Which steps run is the cache's to say; which of their blocks, ours.
+                stack.enter_context(routed.variant(blocks={"router": "age"}))
+            stack.enter_context(routed.switched(self.ours))
             yield
 
     def draw(self, captions: list[str]) -> Tensor:
@@ -59,8 +87,10 @@ class Way:
             parts = [self.comparison.call(captions[s : s + BATCH], self.steps, s) for s in starts]
         return torch.cat(parts)
 
-    def planned(self) -> float:
-        """FLOPs over those of the dense float32 model at all steps; a product in int8 counts as one."""
+    def planned(self) -> float | None:
+        """FLOPs over those of the dense float32 model at all steps; a product in int8 counts as one. None where data decide."""
+        if self.cache:
+            return None
         with self.state():
             ratio = sl.planned_ratio(self.comparison.pipe, self.steps) if self.ours else 1.0
         return self.steps / embedded.STEPS * (ratio or 1.0)
@@ -77,6 +107,8 @@ def ways() -> list[Way]:
         sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks"))
         comparison = Comparison(pipe, Setting(embedded.STEPS, embedded.GUIDANCE, 0, BATCH, OPTIONS))
         found += [Way(weights, steps, ours, comparison) for steps in (embedded.STEPS, FEWER) for ours in (False, True)]
+        if weights == "float32":
+            found += [Way(weights, embedded.STEPS, ours, comparison, cache=True) for ours in (False, True)]
     return found
 
 
@@ -106,11 +138,10 @@ def main() -> None:
     for way in all_ways:
         pictures = way.draw(captions)
         judge = judge or Judge(pictures, 0, real, feature_network("efflite0"), captions)
-        method = "training-free-blocks" if way.ours else "dense" if way.steps == embedded.STEPS else "fewer-steps"
         row = new_row(
-            method, {"compute": COMPUTE} if way.ours else {}, steps=way.steps, batch=1, guidance=embedded.GUIDANCE,
+            way.method, way.budget, steps=way.steps, batch=1, guidance=embedded.GUIDANCE,
             samples=len(captions), planned_ratio=way.planned(), latency_ms=timings.latency_ms(way.name),
-            speedup=timings.speedup(way.name, all_ways[0].name), **judge.figures(method, pictures),
+            speedup=timings.speedup(way.name, all_ways[0].name), **judge.figures(way.method, pictures),
         )  # fmt: skip
         results["rows"].append(row | {"variant": way.weights})
         print(way.name, {name: round(row[name], 3) for name in ("speedup", "psnr_to_dense") if name in row}, flush=True)

@@ -113,7 +113,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
             known = [row for row in rows if row["method"] == method and metric.key in row]
             points = [Point(method, 1 / row["speedup"], metric.scale * row[metric.key]) for row in known]
             best = front(points, metric.higher_is_better)
-            ours, style = is_ours(method) and method.startswith(("training-free", "blocks-fitted", "blocks-tuned")), styles[method]
+            ours, style = (
+                is_ours(method) and method.startswith(("training-free", "blocks-fitted", "blocks-tuned")),
+                styles[method],
+            )
             place.plot(
                 [1 / point.latency_ms for point in best], [point.quality for point in best], style.line,
                 color=style.colour, marker=style.marker, markersize=7 if ours else 5, linewidth=2.2 if ours else 1.1,
