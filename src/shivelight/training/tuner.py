@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from shivelight.adapter import backbone_of, routed_of
 from shivelight.adapter_files import save_adapter
@@ -29,10 +26,11 @@ from shivelight.config import DeltaConfig
 from shivelight.errors import TrainingError
 from shivelight.execution.compiled import Regions
 from shivelight.execution.routed import Routed
-from shivelight.files import replacing
 from shivelight.pipelines import draw
 from shivelight.training import checkpoints
 from shivelight.training.deltas import LiveDeltas
+from shivelight.training.trajectories import Trajectories
+from shivelight.training.walk import CheckpointedRegions, Walk, recording, watched
 
 Generate = Callable[[Callable[..., Any], Sequence[int]], None]
 
@@ -190,7 +188,7 @@ class Tuner:
                 seen: list[Tensor] = []
                 # All of a batch, or none: alone, one would differ in its last bits.
                 if not all(place in self.trajectories for place in chosen):
-                    with _watched(self.pipe.scheduler, partial(_keep, seen)):
+                    with watched(self.pipe.scheduler, partial(_keep, seen)):
                         self._generate(self.pipe, chosen)
                     for row, place in enumerate(chosen):
                         self.trajectories.put(place, torch.stack([latents[row] for latents in seen]))
@@ -213,7 +211,7 @@ class Tuner:
         walk = Walk(self.routed, self.pipe.scheduler, self.trajectories.get(chosen))
         device = next(self.backbone.parameters()).device.type
         bf16 = torch.autocast(device, torch.bfloat16) if config.mixed_precision == "bf16" else nullcontext()
-        with torch.enable_grad(), bf16, _watched(self.pipe.scheduler, walk):
+        with torch.enable_grad(), bf16, watched(self.pipe.scheduler, walk):
             self._generate(recording(self.pipe), chosen)
         loss = sum(walk.losses)
         if not walk.losses or not math.isfinite(loss):
@@ -266,123 +264,9 @@ class Tuner:
         self.history = checkpoints.truncate_log(self.out / "losses.jsonl", self.step, write=True)
 
 
-class Trajectories:
-    """Latents of dense generations after each of their model calls, one file for each.
-
-    Args:
-        folder: of the files.
-        identity: of what they were made by; others are refused.
-    """
-
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        told, known = json.dumps(identity, sort_keys=True), folder / "run.json"
-        if known.exists() and known.read_text() != told:
-            raise TrainingError(
-                f"The trajectories in {folder} were made with other settings. Use the same ones to go on, or another output folder."
-            )
-        with replacing(known) as unfinished:
-            unfinished.write_text(told)
-
-    def __contains__(self, place: int) -> bool:
-        return self._path(place).exists()
-
-    def put(self, place: int, latents: Tensor) -> None:
-        """Keep one: latents [T, ...] after each call."""
-        with replacing(self._path(place)) as unfinished:
-            save_file({"latents": latents.cpu().contiguous()}, unfinished)
-
-    def get(self, chosen: Sequence[int]) -> Tensor:
-        """Latents [T, B, ...] of some."""
-        try:
-            return torch.stack([load_file(self._path(place))["latents"] for place in chosen], dim=1)
-        except (OSError, SafetensorError, KeyError) as error:
-            raise TrainingError(
-                f"A trajectory in {self.folder} cannot be read: {error}. Delete the folder; it is made anew."
-            ) from error
-
-    def _path(self, place: int) -> Path:
-        return self.folder / f"{place:06d}.safetensors"
-
-
-class Walk:
-    """Follows a routed generation with gradients, and cuts it before each run: backward from the difference to the dense latents.
-
-    Args:
-        routed: state of the backbone.
-        scheduler: of the pipeline.
-        wanted: latents [T, B, ...] of the dense generations after each model call.
-    """
-
-    def __init__(self, routed: Routed, scheduler: Any, wanted: Tensor) -> None:
-        self.routed, self.scheduler, self.wanted = routed, scheduler, wanted
-        self.losses: list[float] = []
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        """After a call's latents [B, ...]: those to go on with."""
-        step, plan = self.routed.context.step, self.routed.rests
-        if step + 1 < plan.steps and step + 1 not in plan.runs:
-            return latents
-        if not latents.requires_grad:
-            raise TrainingError(
-                "The pipeline's call records no gradients. Deltas are tuned through pipelines whose call is wrapped in "
-                "torch.no_grad as diffusers' own are, and nothing more."
-            )
-        wanted = self.wanted[step].to(latents.device)
-        own = latents[: len(wanted)]  # DiT's come twice where guidance doubles the batch
-        loss = (own.float() - wanted).square().mean()
-        loss.backward()
-        self.losses.append(loss.item())
-        self.routed.residuals.detach()
-        _forget_gradients(self.scheduler)
-        return latents.detach()
-
-
-class CheckpointedRegions(Regions):
-    """Runs blocks without keeping what the backward pass needs, which runs them once more."""
-
-    def run(self, key: Any, function: Callable[..., Any], *args: Any) -> Any:
-        """What the function gives."""
-        return checkpoint(function, *args, use_reentrant=False)
-
-
-def recording(pipe: Any) -> Callable[..., Any]:
-    """The pipeline's call without the torch.no_grad that diffusers wraps it in."""
-    return partial(getattr(type(pipe).__call__, "__wrapped__", type(pipe).__call__), pipe)
-
-
 def _keep(seen: list[Tensor], latents: Tensor) -> Tensor:
     seen.append(latents.float())
     return latents
-
-
-def _forget_gradients(scheduler: Any) -> None:
-    """Schedulers of several steps keep what earlier calls made."""
-    for name, kept in vars(scheduler).items():
-        if isinstance(kept, Tensor) and kept.requires_grad:  # others stay the very tensors that they are
-            setattr(scheduler, name, kept.detach())
-        elif isinstance(kept, list) and any(isinstance(value, Tensor) for value in kept):
-            kept[:] = [value.detach() if isinstance(value, Tensor) else value for value in kept]
-
-
-@contextmanager
-def _watched(scheduler: Any, see: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Each step of the scheduler is seen, and what is returned takes the place of its latents."""
-    own = scheduler.step
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        made = own(*args, **kwargs)
-        if isinstance(made, tuple):
-            return (see(made[0]), *made[1:])
-        made.prev_sample = see(made.prev_sample)
-        return made
-
-    scheduler.step = step
-    try:
-        yield
-    finally:
-        del scheduler.step
 
 
 @contextmanager
