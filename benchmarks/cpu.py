@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="names of shapes")
+    parser.add_argument("--batches", type=int, nargs="*", help="of these alone")
     arguments = parser.parse_args()
     common.quiet_libraries()
     common.keep_freed_memory()
@@ -59,6 +60,8 @@ def main() -> None:
         for batch in shape.batches:
             for compiled in (False, True):
                 if arguments.only and shape.name not in arguments.only:
+                    continue
+                if arguments.batches and batch not in arguments.batches:
                     continue
                 if any(
                     row["variant"] == shape.name and row["batch"] == batch and row["compiled"] == compiled
