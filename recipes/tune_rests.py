@@ -6,10 +6,10 @@ Prompts are captions of the training split, each walked from noise of its own at
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch
+from train_adapters import ship
 
 import shivelight as sl
 from shivelight.cli import common
@@ -43,17 +43,7 @@ def main() -> None:
     prompts = [captions[place] for place in order]
     tuner = Tuner(pipe, prompts, config, args.work, max_sequence_length=embedded.TEXT_TOKENS)
     made = tuner.run(lambda record: print(record, flush=True))
-    sl.load_adapter(pipe, made)
-    sl.save_adapter(
-        pipe.to(dtype=torch.float16), args.work / "half", {"command": "recipes/tune_rests.py", **vars_of(config)}
-    )
-    shutil.rmtree(args.out, ignore_errors=True)
-    shutil.copytree(args.work / "half", args.out)
-
-
-def vars_of(config: TuneConfig) -> dict[str, object]:
-    """Its settings as JSON takes them."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+    print(f"{ship(made, args.out) / 1e6:.2f} MB in {args.out}")
 
 
 if __name__ == "__main__":
