@@ -5,15 +5,14 @@
 An SD3 of random weights, narrow enough for 16384 tokens; one thing grows at a time, the others stay. Dense, tokens at keep 0.6 and
 blocks at half of the FLOPs are timed in turns at each size. An exponent is the slope of log(latency) over log(size), by least
 squares over the upper half of the sizes, where fixed costs no longer hide it. Memory is what a run needs beyond the weights: of the
-CUDA allocator, or on a CPU what the process grew by while it ran.
+CUDA allocator, or on a CPU of the tensors that live at once (what kernels take for themselves is not among them).
 """
 
 import argparse
 import gc
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import linear_regression
 from typing import Any
@@ -21,6 +20,9 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel
 from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from shivelight.cli import common
 from shivelight.evaluation.bare import BareLoop, bare_points, timed_rows
@@ -103,34 +105,43 @@ def working_memory_mb(run: Callable[[], object], device: str) -> float:
         run()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    with sampled_memory() as seen:
+    with LiveTensors() as live:
         run()
-    return (max(seen) - min(seen[:1])) / 1e6
+    return live.most / 1e6
 
 
-@contextmanager
-def sampled_memory(every: float = 0.002) -> Iterator[list[int]]:
-    """Bytes that the process holds, read while the block runs."""
-    seen, done = [resident()], threading.Event()
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of tensors that operators make, while they live; what a kernel takes for itself is not among them.
 
-    def watch() -> None:
-        while not done.wait(every):
-            seen.append(resident())
+    Attributes:
+        most: bytes that lived at once.
+    """
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield seen
-    finally:
-        done.set()
-        watcher.join()
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._now = 0
+        self._known: set[int] = set()
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The operator as it is."""
+        made = func(*args, **(kwargs or {}))
+        given = {
+            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
+        }
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given | self._known:
+                self._see(tensor.untyped_storage())
+        return made
 
-def resident() -> int:
-    """Bytes of memory that the process holds now."""
-    import resource
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        self._known.add(storage._cdata)
+        self._now += storage.nbytes()
+        self.most = max(self.most, self._now)
+        weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
 
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    def _gone(self, name: int, size: int) -> None:
+        self._known.discard(name)
+        self._now -= size
 
 
 def exponents(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, float]:

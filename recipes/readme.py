@@ -63,6 +63,7 @@ COLUMNS = {
     "share of the block": ("share", "{:.2%}", 1),
     "of its weights": ("share_of_parameters", "{:.2%}", 1),
     "time over dense fine-tuning's": ("ratio", "{:.2f}", 1),
+    "all rounds together": ("total_ratio", "{:.2f}", 1),
     "predicted": ("predicted", "{:.2f}", 1),
     "held (1: within 3% or the spread)": ("held", "{:.0f}", 1),
     "operators of a step": ("operators", "{:.0f}", 1),
