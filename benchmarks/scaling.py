@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from shivelight.cli import common
 from shivelight.evaluation.bare import BareLoop, bare_points, timed_rows
-from shivelight.evaluation.results import new_results, write_results
+from shivelight.evaluation.results import new_results, read_results, write_results
 
 TEXT = 64
 BASE = {"tokens": 1024, "blocks": 4, "batch": 1, "steps": 4}
@@ -48,8 +48,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--most", type=int, default=16384, help="tokens")
+    parser.add_argument("--draw", action="store_true", help="draw what is there anew, and time nothing")
     parser.add_argument("--tiny", action="store_true", help="two sizes of each, to see that it runs")
     args = parser.parse_args()
+    if args.draw:
+        results = read_results(args.out)
+        draw(results["rows"], results["exponents"]).savefig(args.plot, dpi=110)
+        return
     common.quiet_libraries()
     common.keep_freed_memory()
     device = common.DEFAULT_DEVICE
@@ -172,8 +177,13 @@ def draw(rows: Sequence[dict[str, Any]], fitted: dict[str, dict[str, float]]) ->
                 values = [row[figures]["median"] if line == 0 else row[figures] for row in own]
                 told = f"{label}: ^{slopes[method]:.2f}" if line == 0 else label
                 panel.plot([row["size"] for row in own], values, marker="o", markersize=3, linewidth=1.2, label=told)
-            panel.set_xscale("log", base=2)
+            sizes = sorted({row["size"] for row in rows if row["axis"] == axis})
+            panel.set_xscale("log")
+            panel.set_xticks(sizes, [str(size) for size in sizes])
+            panel.set_xticks([], minor=True)
             panel.set_yscale("log")
+            low, high = panel.get_ylim()
+            panel.set_ylim(low / 2, high * 2.5)  # room for the legend, and so that what stays level looks it
             panel.grid(True, linewidth=0.4, color="#d9dee3")
             if column == 0:
                 panel.set_ylabel(unit)

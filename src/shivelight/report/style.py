@@ -38,7 +38,7 @@ KNOWN = {
     "blocks": MethodStyle(GREEN, "^"),
     "blocks-refresh": MethodStyle(GREEN, "v"),
     "blocks-fitted": MethodStyle(BLUE, "D"),
-    "blocks-tuned": MethodStyle(VERMILION, "D"),
+    "blocks-tuned": MethodStyle(BLUE, "P"),
     "tokens+blocks": MethodStyle(PURPLE, "D"),
     "tokens+blocks-refresh": MethodStyle(PURPLE, "P"),
     "training-free": MethodStyle(VERMILION, "h"),
