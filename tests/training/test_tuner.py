@@ -195,8 +195,11 @@ def test_refusals(pipe: StableDiffusion3Pipeline, tmp_path: Path) -> None:
         Tuner(pipe, [], own.config, tmp_path)
     own.run(until=1)
     sl.detach(pipe)
-    with pytest.raises(TrainingError, match="other settings"):
+    with pytest.raises(TrainingError, match="trajectories.*other settings"):
         tuner(pipe, tmp_path, guidance=2.0)
+    sl.detach(pipe)
+    with pytest.raises(TrainingError, match="lr was 0.0005, is 0.001"):  # the dense generations would serve
+        tuner(pipe, tmp_path, lr=1e-3).run()
     for place in range(4):
         (tmp_path / "trajectories" / f"{place:06d}.safetensors").write_bytes(b"half")
     sl.detach(pipe)
