@@ -61,8 +61,7 @@ def ours(comparison: Comparison, adapters: Sequence[Path], computes: Sequence[fl
             points += adapter_points(comparison, adapter, ablations=False, compute=round(compute + more, 4))
     steps = comparison.setting.steps
     # What rests together is cheapest, so it is what people would combine.
-    fitted = fitted_steps(loaded)
-    together = {"training-free-blocks": range(1, steps), "blocks-fitted": fitted, "blocks-tuned": fitted & {steps}}
+    together = {"training-free-blocks": range(1, steps), "blocks-fitted": fitted_steps(loaded)}
     both = [replace(p, steps=n) for n in FEWER[steps] for p in points if n in together.get(p.method, ())]
     return [point for point in (*points, *both) if served(comparison, point)]
 

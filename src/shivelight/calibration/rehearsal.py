@@ -149,4 +149,4 @@ class Rehearsed:
     def map(self, own: StandInMap, x: Tensor) -> None:
         """What stands in for all blocks at rest, on values like x [B, N, D]."""
         for _ in range(self.repeats):
-            own([x] * own.known)
+            own([x] * len(own.scale))

@@ -12,6 +12,7 @@ from shivelight.calibration import fitted_computes
 from shivelight.cli import common
 from shivelight.cli.calibrate import read_prompts
 from shivelight.config import RoutingConfig
+from shivelight.demo import pipeline as embedded
 from shivelight.training.tuner import TuneConfig, Tuner
 
 _DEFAULT = TuneConfig(4, (0.5,))
@@ -28,9 +29,7 @@ def tune(
         typer.Option(help="Folder or hub id of what `shivelight fit` wrote; the last outputs stand in without."),
     ] = None,
     steps: common.StepsOption = _DEFAULT.steps,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale; the pipeline's default if none is given.")
-    ] = None,
+    guidance: common.GuidanceOption = embedded.GUIDANCE,
     compute: Annotated[
         list[float] | None,
         typer.Option(help="Shares of the dense FLOPs; may be repeated. Those of the fit by default."),

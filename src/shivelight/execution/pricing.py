@@ -78,8 +78,8 @@ def predicted_ms(routed: Routed, table: LatencyTable, request: Request, budget: 
         shares = [min(1.0, spent / all_) for spent, all_ in zip(plan.allotted, whole, strict=True)]
         runs = [rest + share * (run - rest) for share, run in zip(shares, runs, strict=True)]
         if routed.stand_ins is not None and plan.stand_ins:
-            runs.append(table.map_ms * plan.stand_ins / routed.stand_ins.largest().flops(request.tokens))
-            return math.fsum(runs) / plan.steps
+            maps = plan.stand_ins / routed.stand_ins.largest().flops(request.tokens)
+            return (math.fsum(runs) + maps * table.map_ms) / len(runs)
     return math.fsum(runs) / len(runs)
 
 

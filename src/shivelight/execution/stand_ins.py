@@ -41,7 +41,6 @@ class StandInMap(nn.Module):
 
     def __init__(self, known: int, width: int, rank: int) -> None:
         super().__init__()
-        self.known = known
         # Parameters, for the adapter's size; a closed form makes them, never a gradient.
         self.scale = _constant(known, width)
         self.bias = _constant(width)

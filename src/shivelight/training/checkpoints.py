@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -76,6 +77,33 @@ def load(folder: Path, identity: dict[str, Any]) -> State:
             "another output folder to start anew."
         )
     return State(int(run["step"]), tensors, optimizer)
+
+
+def resume(
+    out: Path, identity: dict[str, Any], named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> int | None:
+    """Take over the newest checkpoint in a run's folder, in place; its step, or None where there is none.
+
+    Raises:
+        TrainingError: it is broken, or belongs to a run with other settings or parameters.
+    """
+    found = newest(out)
+    if found is None:
+        return None
+    state = load(found, identity)
+    if set(named) != set(state.tensors):
+        raise TrainingError(f"The checkpoint {found} holds other parameters than this run; use another output folder.")
+    with torch.no_grad():
+        for name, tensor in state.tensors.items():
+            named[name].copy_(tensor)
+    optimizer.load_state_dict(state.optimizer)
+    return state.step
+
+
+def append_log(path: Path, record: dict[str, float]) -> None:
+    """One more record of a run's losses.jsonl."""
+    with path.open("a") as handle:
+        handle.write(json.dumps(record) + "\n")
 
 
 def truncate_log(path: Path, step: int, write: bool) -> list[dict[str, float]]:

@@ -156,8 +156,7 @@ class Trainer:
                 record = self.train_step()
                 self.history.append(record)
                 if self.accelerator.is_main_process:
-                    with log.open("a") as handle:
-                        handle.write(json.dumps(record) + "\n")
+                    checkpoints.append_log(log, record)
                 self.accelerator.log(record, step=self.step)
                 if on_step is not None:
                     on_step(record)
@@ -470,24 +469,14 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        found = checkpoints.newest(self.out)
-        if found is None:
+        step = checkpoints.resume(self.out, self._identity(), self.state_tensors(), self.optimizer)
+        if step is None:
             self.out.mkdir(parents=True, exist_ok=True)
             self._rank_channels()
             return
-        state = checkpoints.load(found, self._identity())
-        named = self.state_tensors()
-        if set(named) != set(state.tensors):
-            raise TrainingError(
-                f"The checkpoint {found} holds other parameters than this run; use another output folder."
-            )
-        with torch.no_grad():
-            for name, tensor in state.tensors.items():
-                named[name].copy_(tensor)
         if self.routed.gates is not None:
             self.routed.gates.set_orders(self.backbone, {})
-        self.optimizer.load_state_dict(state.optimizer)
-        self.step = state.step
+        self.step = step
         self.history = checkpoints.truncate_log(
             self.out / "losses.jsonl", self.step, write=self.accelerator.is_main_process
         )

@@ -6,7 +6,6 @@ a pass costs the memory of one run. Data are prompts alone. What stands in at re
 """
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -128,7 +127,7 @@ class Tuner:
     def done(self) -> int:
         """Iterations of the newest checkpoint."""
         found = checkpoints.newest(self.out)
-        return 0 if found is None else checkpoints.load(found, self._identity()).step
+        return 0 if found is None else int(found.name.rpartition("-")[2])
 
     def run(self, on_step: Callable[[dict[str, float]], None] | None = None, until: int | None = None) -> Path:
         """Tune to the end (or up to iteration `until`), going on from the newest checkpoint in `out`; returns the adapter's folder.
@@ -174,8 +173,7 @@ class Tuner:
 
     def _log(self, record: dict[str, float], on_step: Callable[[dict[str, float]], None] | None) -> None:
         self.history.append(record)
-        with (self.out / "losses.jsonl").open("a") as handle:
-            handle.write(json.dumps(record) + "\n")
+        checkpoints.append_log(self.out / "losses.jsonl", record)
         if on_step is not None:
             on_step(record)
 
@@ -253,19 +251,10 @@ class Tuner:
         checkpoints.save(self.out, self.step, tensors, optimizer.state_dict(), self._identity())
 
     def _resume(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        found = checkpoints.newest(self.out)
-        if found is None:
+        step = checkpoints.resume(self.out, self._identity(), parameters, optimizer)
+        if step is None:
             return
-        state = checkpoints.load(found, self._identity())
-        if set(parameters) != set(state.tensors):
-            raise TrainingError(
-                f"The checkpoint {found} holds other parameters than this run; use another output folder."
-            )
-        with torch.no_grad():
-            for name, tensor in state.tensors.items():
-                parameters[name].copy_(tensor)
-        optimizer.load_state_dict(state.optimizer)
-        self.step = state.step
+        self.step = step
         self.history = checkpoints.truncate_log(self.out / "losses.jsonl", self.step, write=True)
 
 
