@@ -207,6 +207,19 @@ def test_refusals(pipe: StableDiffusion3Pipeline, tmp_path: Path) -> None:
         tuner(pipe, tmp_path, iterations=3).run()
 
 
+def test_dense_generations_are_of_one_model(pipe: StableDiffusion3Pipeline, tmp_path: Path) -> None:
+    made = tuner(pipe, tmp_path, iterations=1, lr=1e-2, warmup=0).run()
+    sl.detach(pipe)
+    sl.load_adapter(pipe, made)  # deltas on top are no other model
+    config = TuneConfig(4, (0.6,), 1.0, iterations=1, batch=2, trajectories=4)
+    Tuner(pipe, PROMPTS, config, tmp_path, max_sequence_length=16)
+    sl.detach(pipe)
+    with torch.no_grad():
+        pipe.transformer.proj_out.bias[3] += 1e-3
+    with pytest.raises(TrainingError, match="trajectories.*other settings"):
+        tuner(pipe, tmp_path)
+
+
 def test_a_call_that_records_nothing_is_refused(pipe: StableDiffusion3Pipeline, tmp_path: Path) -> None:
     own = tuner(pipe, tmp_path)
 

@@ -1,5 +1,6 @@
 """Checkpoints of a training run: whole or absent, and refused by a run with other settings."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from shivelight.errors import TrainingError
 from shivelight.files import replacing
 
 KEPT = 2
+_TOLD_BY = 16
 
 
 @dataclass
@@ -122,6 +124,17 @@ def truncate_log(path: Path, step: int, write: bool) -> list[dict[str, float]]:
         with replacing(path) as unfinished:
             unfinished.write_text("".join(json.dumps(record) + "\n" for record in records))
     return records
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Tells a model from another of its class: names, shapes and the first numbers of every parameter, where they are at hand
+    (offloaded and quantised ones count by their shapes)."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}|{tuple(parameter.shape)}".encode())
+        if type(parameter.data) is Tensor and not parameter.is_meta:
+            digest.update(parameter.detach().reshape(-1)[:_TOLD_BY].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:

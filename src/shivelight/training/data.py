@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shivelight.errors import DataError
 from shivelight.training.cache import FORMAT, LatentCache, writing
+from shivelight.training.checkpoints import weights_fingerprint
 from shivelight.training.denoisers import Conditions, Denoiser, denoiser_for
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -155,6 +156,5 @@ def _fingerprint(
     for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
         model = getattr(denoiser.pipe, name, None)
         if model is not None:
-            first = next(model.parameters()).detach().float().flatten()[:64].cpu()
-            digest.update(f"{name}|{sum(p.numel() for p in model.parameters())}".encode() + first.numpy().tobytes())
+            digest.update(f"{name}|{weights_fingerprint(model)}".encode())
     return digest.hexdigest()[:16]

@@ -119,7 +119,8 @@ class Tuner:
                 "Deltas are tuned where all blocks run or rest together, and nothing is attached to the pipeline that does so. "
                 'Attach RoutingConfig.training_free(compute=1.0, axis="blocks") to it first.'
             )
-        self.trajectories = Trajectories(out / "trajectories", self._dense_identity())
+        self._dense_identity = self._identify_dense()
+        self.trajectories = Trajectories(out / "trajectories", self._dense_identity)
         self.step = 0
         self.history: list[dict[str, float]] = []
 
@@ -229,13 +230,15 @@ class Tuner:
         return {"step": self.step, "compute": compute, "loss": loss, "last": walk.losses[-1], "grad_norm": norm,
                 "seconds": seconds}  # fmt: skip
 
-    def _dense_identity(self) -> dict[str, Any]:
+    def _identify_dense(self) -> dict[str, Any]:
         """What dense generations depend on: settings of the training may change, and they stay."""
         config = self.config
+        with self.routed.switched(False):  # deltas that are there are no part of it
+            weights = checkpoints.weights_fingerprint(self.backbone)
         return {
             "dense": {"steps": config.steps, "guidance": config.guidance, "seed": config.seed, "batch": config.batch},
             "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16],
-            "backbone": type(self.backbone).__name__,
+            "backbone": f"{type(self.backbone).__name__} {weights}",
             "options": {name: repr(value) for name, value in self.options.items()},
         }
 
@@ -244,7 +247,7 @@ class Tuner:
         settings = asdict(self.config) | {"computes": list(self.config.computes)}
         del settings["checkpoint_every"], settings["checkpointing"]
         routing = replace(self.routed.config, deltas=None, compute=None, keep=1.0).to_dict()
-        return self._dense_identity() | {"tune": settings, "routing": routing}
+        return self._dense_identity | {"tune": settings, "routing": routing}
 
     def _save(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         tensors = {name: parameter.detach() for name, parameter in parameters.items()}
