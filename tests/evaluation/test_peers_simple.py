@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from peering import STEPS, attributes, bare, captions, compared
 from torch import Tensor
 
 import shivelight as sl
 from shivelight.evaluation.bare import BareLoop
-from shivelight.evaluation.peers import fewer_steps, interval_cache, peer_points, static_drop
+from shivelight.evaluation.peers import fewer_steps, interval_cache, peer_points, placed_steps, static_drop
 from shivelight.evaluation.peers.ground import Ground
 from shivelight.evaluation.peers.static_drop import block_influence, spread
 
@@ -103,3 +106,37 @@ def test_fewer_steps_of_a_loop() -> None:
         ("fewer-steps", 4),
         ("fewer-steps", 2),
     ]
+
+
+def test_placed_steps_leave_noise_levels_out() -> None:
+    comparison, runs = compared("sd3"), (0, 2, 5)
+    scheduler, first = comparison.pipe.scheduler, [comparison.any]
+    point = placed_steps(comparison, runs)
+    assert point.name == "fewer-steps-placed 3 steps" and comparison.planned(point) == 3 / STEPS
+    drawn = comparison.pictures(point, first)
+    with point.state():  # any other number of steps is as it was
+        assert torch.equal(comparison.call(first, STEPS), comparison.pictures(comparison.dense(), first))
+    assert "set_timesteps" not in vars(scheduler)
+    scheduler.set_timesteps(STEPS)
+    levels = scheduler.sigmas[list(runs)].tolist()
+    setting = comparison.setting
+    comparison.setting = replace(setting, options=setting.options | {"sigmas": levels})
+    torch.testing.assert_close(drawn, comparison.pictures(comparison.dense(3), first), atol=1e-6, rtol=0)
+    comparison.setting = setting
+    assert not torch.allclose(drawn, comparison.pictures(comparison.dense(3), first), atol=1e-3)
+    points, _ = peer_points(comparison, ["placed-steps"])
+    assert [(point.method, point.steps) for point in points] == [("fewer-steps-placed", steps) for steps in (6, 4, 2)]
+
+
+def test_placed_steps_are_refused() -> None:
+    comparison = compared("sd3")
+    with pytest.raises(
+        sl.ShivelightError, match=r"runs is \(1, 2\); give ascending steps below 8, the first of them 0"
+    ):
+        placed_steps(comparison, (1, 2))
+    with pytest.raises(sl.ShivelightError, match="below 8"):
+        placed_steps(comparison, (0, 8))
+    assert "says no more than fewer-steps" in peer_points(bare("dit"), ["placed-steps"])[1][0]
+    comparison.pipe.scheduler = DPMSolverMultistepScheduler()
+    with pytest.raises(sl.ShivelightError, match="fewer-steps-placed cannot run .*not of DPMSolverMultistep"):
+        placed_steps(comparison, (0, 1))

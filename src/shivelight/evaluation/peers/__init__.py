@@ -12,6 +12,7 @@ from shivelight.evaluation.peers.first_block_cache import first_block_cache, fir
 from shivelight.evaluation.peers.ground import Ground, Where
 from shivelight.evaluation.peers.interval_cache import interval_cache, interval_cache_points
 from shivelight.evaluation.peers.mag_cache import mag_cache, mag_cache_points
+from shivelight.evaluation.peers.placed_steps import placed_steps, placed_steps_points
 from shivelight.evaluation.peers.static_drop import static_drop, static_drop_points
 from shivelight.evaluation.peers.taylor_seer import taylor_seer, taylor_seer_points
 from shivelight.evaluation.peers.token_merging import token_merging, token_merging_points
@@ -27,6 +28,7 @@ __all__ = [
     "interval_cache",
     "mag_cache",
     "peer_points",
+    "placed_steps",
     "static_drop",
     "taylor_seer",
     "token_merging",
@@ -43,6 +45,7 @@ PEERS: dict[str, Callable[[Ground], list[OperatingPoint]]] = {
     "interval-cache": interval_cache_points,
     "static-drop": static_drop_points,
     "fewer-steps": fewer_steps_points,
+    "placed-steps": placed_steps_points,
 }
 
 
