@@ -178,8 +178,8 @@ def test_an_interruption_leaves_the_model_as_it_was(pipe: StableDiffusion3Pipeli
 
 
 def test_refusals(pipe: StableDiffusion3Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="below 1"):
-        TuneConfig(4, (1.0,))
+    with pytest.raises(TrainingError, match="shares of the dense"):
+        TuneConfig(4, (1.5,))
     with pytest.raises(TrainingError, match="steps is 1"):
         TuneConfig(1, (0.5,))
     with pytest.raises(TrainingError, match="lr"):

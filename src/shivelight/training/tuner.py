@@ -40,7 +40,7 @@ class TuneConfig:
 
     Attributes:
         steps: of sampling, which are those of use later.
-        computes: budgets that are walked in turns; one that is named twice is walked twice as often.
+        computes: budgets that are walked in turns; one that is named twice is walked twice as often. At 1 nothing rests.
         guidance: scale; the pipeline's default for None.
         iterations: optimiser steps.
         batch: trajectories of each.
@@ -75,8 +75,8 @@ class TuneConfig:
         for name, fewest in least.items():
             if getattr(self, name) < fewest:
                 raise TrainingError(f"{name} is {getattr(self, name)}; give at least {fewest}.")
-        if not self.computes or not all(0 < compute < 1 for compute in self.computes):
-            raise TrainingError(f"computes is {self.computes}; give shares of the dense FLOPs below 1, such as (0.5,).")
+        if not self.computes or not all(0 < compute <= 1 for compute in self.computes):
+            raise TrainingError(f"computes is {self.computes}; give shares of the dense FLOPs, such as (0.5,).")
         if not (0 < self.lr < math.inf and self.warmup >= 0 and self.max_grad_norm > 0):
             raise TrainingError("lr and max_grad_norm are positive numbers, warmup at least 0.")
 
@@ -207,7 +207,7 @@ class Tuner:
         chosen = torch.randint(config.trajectories, (config.batch,), generator=generator).tolist()
         compute = config.computes[self.step % len(config.computes)]
         set_budget(self.pipe, compute=compute)
-        walk = Walk(self.routed, self.pipe.scheduler, self.trajectories.get(chosen))
+        walk = self._walk(chosen)
         device = next(self.backbone.parameters()).device.type
         bf16 = torch.autocast(device, torch.bfloat16) if config.mixed_precision == "bf16" else nullcontext()
         with torch.enable_grad(), bf16, watched(self.pipe.scheduler, walk):
@@ -229,6 +229,9 @@ class Tuner:
         seconds = time.perf_counter() - began
         return {"step": self.step, "compute": compute, "loss": loss, "last": walk.losses[-1], "grad_norm": norm,
                 "seconds": seconds}  # fmt: skip
+
+    def _walk(self, chosen: Sequence[int]) -> Walk:
+        return Walk(self.routed, self.pipe.scheduler, self.trajectories.get(chosen))
 
     def _identify_dense(self) -> dict[str, Any]:
         """What dense generations depend on: settings of the training may change, and they stay."""

@@ -28,8 +28,8 @@ class Walk:
 
     def __call__(self, latents: Tensor) -> Tensor:
         """After a call's latents [B, ...]: those to go on with."""
-        step, plan = self.routed.context.step, self.routed.rests
-        if step + 1 < plan.steps and step + 1 not in plan.runs:
+        step = self.routed.context.step
+        if not self.ends(step):
             return latents
         if not latents.requires_grad:
             raise TrainingError(
@@ -44,6 +44,11 @@ class Walk:
         self.routed.residuals.detach()
         _forget_gradients(self.scheduler)
         return latents.detach()
+
+    def ends(self, step: int) -> bool:
+        """Whether a run of the blocks comes next, or nothing more."""
+        plan = self.routed.rests
+        return step + 1 >= plan.steps or step + 1 in plan.runs
 
 
 class CheckpointedRegions(Regions):
