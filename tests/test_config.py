@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shivelight import AdapterError, DeltaConfig, Reuse, RoutingConfig, TokenRouting
+from shivelight import AdapterError, BlockRouting, DeltaConfig, RestPlan, Reuse, RoutingConfig, TokenRouting
 
 token_routings = st.builds(
     TokenRouting,
@@ -110,3 +110,19 @@ def test_few_steps_are_spaced_evenly_and_not_forecast() -> None:
     reuse = Reuse(forecast=0.5)
     assert [reuse.horizon(steps) for steps in (1, 4, 8, 12, 16, 25)] == [0.0, 0.0, 0.0, 3.0, 8.0, 12.5]
     assert Reuse(forecast=0.0).horizon(50) == 0.0
+
+
+def test_deltas_of_some_generations_alone() -> None:
+    plans = (RestPlan(4, (0, 2)), RestPlan(8, (0, 3), passes=2))
+    resting = RoutingConfig(
+        None, BlockRouting(router="interval", widths=(1.0,)), DeltaConfig(2, 2.0, plans), Reuse(whole="output")
+    )
+    assert RoutingConfig.from_dict(json.loads(json.dumps(resting.to_dict()))) == resting
+    assert plans[0].like(RestPlan(4, (0, 2), 2)) and not plans[0].like(RestPlan(4, (0, 3)))
+    assert not plans[0].like(RestPlan(5, (0, 2)))
+    with pytest.raises(AdapterError, match="DeltaConfig.plans has one plan twice"):
+        DeltaConfig(plans=(plans[0], RestPlan(4, (0, 2), 2)))
+    with pytest.raises(AdapterError, match="DeltaConfig.plans is 4; give a list"):
+        DeltaConfig(plans=4)
+    with pytest.raises(AdapterError, match="DeltaConfig.plans is about steps at which all blocks rest"):
+        RoutingConfig(deltas=DeltaConfig(2, 2.0, plans))

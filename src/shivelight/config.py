@@ -149,21 +149,57 @@ class BlockRouting:
 
 
 @dataclass(frozen=True)
+class RestPlan:
+    """Generations in which all blocks run at some steps and rest at the others.
+
+    Attributes:
+        steps: of sampling.
+        runs: those, from 0 on, at which all blocks run; the first is among them.
+        passes: of the backbone in each step; two where guidance runs its branches as separate calls.
+    """
+
+    steps: int
+    runs: tuple[int, ...]
+    passes: int = 1
+
+    def __post_init__(self) -> None:
+        _integer("RestPlan.steps", self.steps)
+        _integer("RestPlan.passes", self.passes)
+        _require(self.passes >= 1, f"RestPlan.passes is {self.passes}; give at least 1.")
+        _require(
+            isinstance(self.runs, list | tuple) and all(isinstance(run, int) for run in self.runs),
+            f"RestPlan.runs is {self.runs!r}; give steps, for example (0, 2).",
+        )
+        object.__setattr__(self, "runs", tuple(self.runs))  # JSON gives a list
+        _require(
+            self.runs[:1] == (0,) and list(self.runs) == sorted(set(self.runs)) and self.runs[-1] < self.steps,
+            f"RestPlan.runs is {self.runs} of {self.steps} steps; give steps in order, the first of them 0.",
+        )
+
+    def like(self, other: "RestPlan") -> bool:
+        """Whether the same of as many steps run."""
+        return (self.steps, self.runs) == (other.steps, other.runs)
+
+
+@dataclass(frozen=True)
 class DeltaConfig:
     """DoRA deltas of the backbone's attention and MLP linears, trained jointly with the routing.
 
     Attributes:
         rank: rank of the deltas; 8 keeps adapters small (32 on SD3.5-Medium is 95 MB).
         alpha: scale numerator; the delta is alpha / rank * B A.
+        plans: generations that they were tuned for, under which alone they are in force; () for all.
     """
 
     rank: int = 8
     alpha: float = 8.0
+    plans: tuple[RestPlan, ...] = ()
 
     def __post_init__(self) -> None:
         _integer("DeltaConfig.rank", self.rank)
         _require(self.rank >= 1, f"DeltaConfig.rank is {self.rank}; give at least 1.")
         _require(0 < self.alpha < math.inf, f"DeltaConfig.alpha is {self.alpha}; give a positive number.")
+        object.__setattr__(self, "plans", _plans("DeltaConfig", self.plans))
 
 
 @dataclass(frozen=True)
@@ -229,35 +265,6 @@ class Reuse:
 
 
 @dataclass(frozen=True)
-class RestPlan:
-    """Generations that linear maps were fitted for.
-
-    Attributes:
-        steps: of sampling.
-        runs: those, from 0 on, at which all blocks run; the first is among them.
-        passes: of the backbone in each step; two where guidance runs its branches as separate calls.
-    """
-
-    steps: int
-    runs: tuple[int, ...]
-    passes: int = 1
-
-    def __post_init__(self) -> None:
-        _integer("RestPlan.steps", self.steps)
-        _integer("RestPlan.passes", self.passes)
-        _require(self.passes >= 1, f"RestPlan.passes is {self.passes}; give at least 1.")
-        _require(
-            isinstance(self.runs, list | tuple) and all(isinstance(run, int) for run in self.runs),
-            f"RestPlan.runs is {self.runs!r}; give steps, for example (0, 2).",
-        )
-        object.__setattr__(self, "runs", tuple(self.runs))  # JSON gives a list
-        _require(
-            self.runs[:1] == (0,) and list(self.runs) == sorted(set(self.runs)) and self.runs[-1] < self.steps,
-            f"RestPlan.runs is {self.runs} of {self.steps} steps; give steps in order, the first of them 0.",
-        )
-
-
-@dataclass(frozen=True)
 class StandIns:
     """What stands in for the blocks at steps at rest, where they only rest together: linear maps, fitted to a pipeline
     (`shivelight.fit_stand_ins`), in the place of the last output or its forecast.
@@ -273,11 +280,7 @@ class StandIns:
     def __post_init__(self) -> None:
         _integer("StandIns.rank", self.rank)
         _require(self.rank >= 1, f"StandIns.rank is {self.rank}; give at least 1.")
-        _require(isinstance(self.plans, list | tuple), f"StandIns.plans is {self.plans!r}; give a list of plans.")
-        read = [plan if isinstance(plan, RestPlan) else _part(RestPlan, plan) for plan in self.plans]
-        object.__setattr__(self, "plans", tuple(read))
-        names = {(plan.steps, plan.runs) for plan in read}
-        _require(len(names) == len(read), "StandIns.plans has one plan twice.")
+        object.__setattr__(self, "plans", _plans("StandIns", self.plans))
 
 
 @dataclass(frozen=True)
@@ -342,6 +345,11 @@ class RoutingConfig:
         )
 
         _require(
+            self.deltas is None or not self.deltas.plans or self.together,
+            "DeltaConfig.plans is about steps at which all blocks rest: give blocks=BlockRouting(router='interval', "
+            "widths=(1.0,)) and tokens=None.",
+        )
+        _require(
             self.stand_ins is None or (self.together and self.reuse is not None and self.reuse.whole == "output"),
             "RoutingConfig.stand_ins is about steps at which all blocks rest: give blocks=BlockRouting(router='interval', "
             "widths=(1.0,)), tokens=None and reuse=Reuse(whole='output').",
@@ -396,6 +404,15 @@ class RoutingConfig:
         read = {name: _part(part, data.get(name)) for name, part in parts.items()}
         single: dict[str, Any] = {"keep": 1.0, "compute": None, "activation": None}
         return cls(**read, **{name: data.get(name, default) for name, default in single.items()})
+
+
+def _plans(owner: str, given: Any) -> tuple[RestPlan, ...]:
+    """As JSON or as plans; none twice."""
+    _require(isinstance(given, list | tuple), f"{owner}.plans is {given!r}; give a list of plans.")
+    read = tuple(plan if isinstance(plan, RestPlan) else _part(RestPlan, plan) for plan in given)
+    names = {(plan.steps, plan.runs) for plan in read}
+    _require(len(names) == len(read), f"{owner}.plans has one plan twice.")
+    return read
 
 
 def _part(cls: type, data: dict[str, Any] | None) -> Any:

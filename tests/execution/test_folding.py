@@ -1,8 +1,10 @@
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
@@ -136,4 +138,23 @@ def test_an_offloaded_weight_is_refused_with_what_to_do() -> None:
     folded = FoldedWeights(model, {"0": random_delta(model[0])}, 0.5)
     model[0].to("meta")
     with pytest.raises(sl.ShivelightError, match="before enable_sequential_cpu_offload"):
+        folded.apply(True)
+
+
+def test_weights_that_come_back_from_copies_are_not_swapped(pipe: StableDiffusion3Pipeline, tmp_path: Path) -> None:
+    model, cpu = pipe.transformer, torch.device("cpu")
+    name = "transformer_blocks.0.attn.to_q"
+    folded = FoldedWeights(model, {name: random_delta(model.get_submodule(name))}, scale=1.0)
+    folded.apply(True)
+    blocks = {"offload_type": "block_level", "num_blocks_per_group": 1}
+    apply_group_offloading(model, cpu, **blocks, offload_to_disk_path=str(tmp_path))
+    folded.apply(True)  # nothing to do
+    with pytest.raises(sl.ShivelightError, match="in groups through a stream or to disk"):
+        folded.apply(False)
+    module = model.transformer_blocks[0]
+    config = module._diffusers_hook.get_hook("group_offloading").config
+    config.offload_to_disk_path = None
+    folded.apply(False)
+    config.stream = object()  # as on a GPU
+    with pytest.raises(sl.ShivelightError, match="in groups through a stream or to disk"):
         folded.apply(True)

@@ -6,6 +6,7 @@ W' = m * (W + alpha / r * B A) / ||W + alpha / r * B A||, norms over each row (L
 from dataclasses import dataclass
 
 import torch
+from diffusers.hooks.group_offloading import _GROUP_OFFLOADING
 from torch import Tensor, nn
 
 from shivelight.errors import AdapterError, ShivelightError
@@ -45,6 +46,7 @@ class FoldedWeights:
     """
 
     def __init__(self, model: nn.Module, deltas: dict[str, Delta], scale: float) -> None:
+        self._model = model
         self._linears: dict[str, nn.Linear] = {}
         self._spare: dict[str, Tensor] = {}
         self.active = False
@@ -63,6 +65,11 @@ class FoldedWeights:
         """Put the tuned weights (True) or the originals (False) in place; exact, and free where nothing changes."""
         if active == self.active:
             return
+        if any(_copied(module) for module in self._model.modules()):
+            raise ShivelightError(
+                "The backbone is offloaded in groups through a stream or to disk, and comes back from copies of its weights that "
+                "DoRA deltas cannot reach. Offload to memory without a stream, or load the adapter first and leave it in force."
+            )
         for name, linear in self._linears.items():
             weight = linear.weight
             if weight.device.type == "meta":
@@ -80,6 +87,13 @@ class FoldedWeights:
             return {name: linear.weight.data for name, linear in self._linears.items()}
         # The model may have been cast since; a spare is only cast when it is swapped in.
         return {name: self._spare[name].to(linear.weight.dtype) for name, linear in self._linears.items()}
+
+
+def _copied(module: nn.Module) -> bool:
+    """Whether diffusers brings a module's weights from copies whenever it runs, whatever was put in their place."""
+    registry = module.__dict__.get("_diffusers_hook")
+    hook = None if registry is None else registry.get_hook(_GROUP_OFFLOADING)
+    return hook is not None and (hook.config.stream is not None or hook.config.offload_to_disk_path is not None)
 
 
 def base_linear(model: nn.Module, name: str) -> nn.Linear:

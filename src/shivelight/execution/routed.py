@@ -224,7 +224,7 @@ class Routed(nn.Module):
     def enable(self, enabled: bool) -> None:
         """Routing and deltas on or off."""
         self.enabled = enabled
-        if self.folded is not None:
+        if self.folded is not None and not (enabled and self._planned_deltas):
             self.folded.apply(enabled)
 
     def set_deltas(self, model: nn.Module, deltas: dict[str, Delta], config: DeltaConfig | None = None) -> None:
@@ -238,7 +238,12 @@ class Routed(nn.Module):
         if deltas:
             assert self.config.deltas is not None
             self.folded = FoldedWeights(model, deltas, self.config.deltas.alpha / self.config.deltas.rank)
-            self.folded.apply(self.enabled)
+            self.enable(self.enabled)
+
+    @property
+    def _planned_deltas(self) -> tuple[RestPlan, ...]:
+        """The generations under which alone the deltas are in force; () for all."""
+        return () if self.config.deltas is None else self.config.deltas.plans
 
     def request(self, steps: tuple[float, ...], tokens: int, text_tokens: int, budget: Budget | None = None) -> Request:
         """What a generation of these timesteps asks of the planner, under the budget in force (or another)."""
@@ -318,6 +323,8 @@ class Routed(nn.Module):
             )
         counts = self.kept_counts(block, batch, tokens, text_tokens)
         request, schedule, plan = self._asked(tokens, text_tokens)
+        if self.folded is not None and self._planned_deltas and block == self.routed[0]:
+            self.folded.apply(any(known.like(self.rests) for known in self._planned_deltas))
         decisions = tuple(Decision("run", k) for k in counts)
         if isinstance(plan, StalePlan) and self.stale is not None:
             row, context = schedule.row(self.context.step), self.context
@@ -387,8 +394,9 @@ class Routed(nn.Module):
     @property
     def rests(self) -> RestPlan:
         """Which steps of this generation run, where all blocks run or rest together."""
-        plan = self._asked(*self.shape)[2]
-        assert isinstance(plan, StalePlan)
+        plan, steps = self._asked(*self.shape)[2], len(self.context.steps or GRID)
+        if not isinstance(plan, StalePlan):  # every block runs
+            return RestPlan(steps, tuple(range(steps)))
         assert plan.rests is not None
         return plan.rests
 

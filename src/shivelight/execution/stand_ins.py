@@ -122,7 +122,7 @@ class StandInMaps(nn.Module):
         return max((own for own in self.maps.values() if isinstance(own, StandInMap)), key=lambda own: own.flops(1))
 
     def _plan(self, plan: RestPlan) -> RestPlan | None:
-        return next((p for p in self.config.plans if (p.steps, p.runs) == (plan.steps, plan.runs)), None)
+        return next((known for known in self.config.plans if known.like(plan)), None)
 
 
 def _name(place: Place) -> str:

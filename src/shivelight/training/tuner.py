@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from shivelight.adapter import backbone_of, routed_of
 from shivelight.adapter_files import save_adapter
 from shivelight.budgets import set_budget
-from shivelight.config import DeltaConfig
+from shivelight.config import DeltaConfig, RestPlan
 from shivelight.errors import TrainingError
 from shivelight.execution.compiled import Regions
 from shivelight.execution.routed import Routed
@@ -140,8 +140,9 @@ class Tuner:
         self.record_dense()
         last = min(self.config.iterations, until or self.config.iterations)
         routed, backbone = self.routed, self.backbone
-        regions, budget, tuned = routed.regions, routed.budget, routed.deltas
-        deltas = routed.config.deltas or DeltaConfig(self.config.rank, float(self.config.rank))
+        regions, budget = routed.regions, routed.budget
+        tuned, known, plans = routed.deltas, routed.config.deltas, self._plans()
+        deltas = replace(known or DeltaConfig(self.config.rank, float(self.config.rank)), plans=plans)
         routed.set_deltas(backbone, {})
         with _frozen(self.pipe), torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
@@ -155,7 +156,7 @@ class Tuner:
                     self._log(self._iterate(optimizer), on_step)
                     if self.step % self.config.checkpoint_every == 0 or self.step == last:
                         self._save(parameters, optimizer)
-                tuned = live.extract()
+                tuned, known = live.extract(), deltas
             except KeyboardInterrupt:
                 self._save(parameters, optimizer)
                 raise
@@ -163,7 +164,7 @@ class Tuner:
                 live.remove()
                 routed.regions, routed.budget = regions, budget
                 routed.reset()
-                routed.set_deltas(backbone, tuned, deltas)
+                routed.set_deltas(backbone, tuned, known)
         if self.step < self.config.iterations:
             return self.out
         tail = self.history[-50:]
@@ -229,6 +230,27 @@ class Tuner:
         seconds = time.perf_counter() - began
         return {"step": self.step, "compute": compute, "loss": loss, "last": walk.losses[-1], "grad_norm": norm,
                 "seconds": seconds}  # fmt: skip
+
+    def _plans(self) -> tuple[RestPlan, ...]:
+        """The generations that are walked: deltas are in force under no others."""
+        found: list[RestPlan] = []
+        budget = self.routed.budget
+
+        def see(latents: Tensor) -> Tensor:
+            plan = self.routed.rests  # known while a generation goes on
+            if not any(plan.like(other) for other in found):
+                found.append(plan)
+            return latents
+
+        try:
+            for compute in dict.fromkeys(self.config.computes):
+                set_budget(self.pipe, compute=compute)
+                with torch.no_grad(), watched(self.pipe.scheduler, see):
+                    self._generate(recording(self.pipe), [0])
+        finally:
+            self.routed.budget = budget
+            self.routed.reset()
+        return tuple(found)
 
     def _walk(self, chosen: Sequence[int]) -> Walk:
         return Walk(self.routed, self.pipe.scheduler, self.trajectories.get(chosen))
