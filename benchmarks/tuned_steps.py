@@ -3,8 +3,8 @@
     python benchmarks/tuned_steps.py      # trains for over an hour on 2 cores, writes benchmarks/results/tuned-steps.json
 
 Where two of four steps rest, the same two steps are taken without rests (`peers/placed_steps.py`), and deltas of the same kind are
-trained along them by the same loss: latents of the dense generation before the second step and at the end. Same prompts, same
-dense generations and as many iterations as `recipes/tune_rests.py` has. Judged on captions of the test split, timed in turns.
+trained along them by the same loss: latents of the dense generation before the second step and at the end. Same prompts
+and dense generations as `recipes/tune_rests.py` has in its second stage. Judged on captions of the test split, timed in turns.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from shivelight.training.tuner import TuneConfig, Tuner
 from shivelight.training.walk import Walk
 
 ADAPTERS = embedded.FEW_STEP / "adapters"
-ITERATIONS = 1150  # of `blocks-tuned`
+ITERATIONS = 700
 RUNS = (0, 2)
 COMPUTE = 0.508  # two of four steps and their maps
 OPTIONS = {"max_sequence_length": embedded.TEXT_TOKENS}
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/tuned-steps"))
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
-    parser.add_argument("--trajectories", type=int, default=1536)
+    parser.add_argument("--trajectories", type=int, default=3328)
     parser.add_argument("--count", type=int, default=96, help="captions")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--train-only", action="store_true")

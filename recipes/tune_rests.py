@@ -1,8 +1,9 @@
 """Tune deltas around steps at rest: `demo/few-step/adapters/blocks-tuned`, on top of `blocks-fitted` of the distilled pipeline.
 
-    python recipes/tune_rests.py      # about an hour on 2 cores; goes on where it stopped
+    python recipes/tune_rests.py      # about two hours on 2 cores; goes on where it stopped
 
-Prompts are captions of the training split, each walked from noise of its own at two and three of four steps.
+Prompts are captions of the training split, each walked from noise of its own: first at two and three of four steps, then at two
+alone, on twice as many generations (few of them are learned by heart). The deltas are in force where two of four steps run.
 """
 
 import argparse
@@ -18,16 +19,14 @@ from shivelight.demo.data import EmojiData
 from shivelight.training.tuner import TuneConfig, Tuner
 
 ADAPTERS = embedded.FEW_STEP / "adapters"
-# Two of four steps leave most to mend, so they are walked twice as often.
-COMPUTES = (0.52, 0.52, 0.76)
+# Budgets that are walked, iterations, dense generations to learn from.
+STAGES = (((0.52, 0.52, 0.76), 700, 1536), ((0.52,), 600, 3328))
 
 
 def main() -> None:
     """Tune, and put the adapter where it is shipped from."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/tune-rests"))
-    parser.add_argument("--iterations", type=int, default=700)
-    parser.add_argument("--trajectories", type=int, default=1536)
     parser.add_argument("--out", type=Path, default=ADAPTERS / "blocks-tuned")
     parser.add_argument("--device", default=common.DEFAULT_DEVICE)
     args = parser.parse_args()
@@ -37,12 +36,14 @@ def main() -> None:
     pipe = embedded.load_few_step(args.device)
     pipe.set_progress_bar_config(disable=True)
     sl.load_adapter(pipe, ADAPTERS / "blocks-fitted")
-    config = TuneConfig(
-        embedded.FEW_STEPS, COMPUTES, guidance=1.0, iterations=args.iterations, trajectories=args.trajectories
-    )
     prompts = [captions[place] for place in order]
-    tuner = Tuner(pipe, prompts, config, args.work, max_sequence_length=embedded.TEXT_TOKENS)
-    made = tuner.run(lambda record: print(record, flush=True))
+    for number, (computes, iterations, trajectories) in enumerate(STAGES, 1):
+        config = TuneConfig(
+            embedded.FEW_STEPS, computes, guidance=1.0, iterations=iterations, trajectories=trajectories
+        )
+        work = args.work / f"stage-{number}"
+        tuner = Tuner(pipe, prompts, config, work, max_sequence_length=embedded.TEXT_TOKENS)
+        made = tuner.run(lambda record: print(record, flush=True))
     print(f"{ship(made, args.out) / 1e6:.2f} MB in {args.out}")
 
 
