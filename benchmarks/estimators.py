@@ -110,7 +110,8 @@ class Gains:
         self.trainer.passes.cache = held_out
         # A micro-batch's loss is a mean over samples; here each sample has its own.
         self.curvatures = {
-            block: config.group_size * self.trainer.curvature.of(block).item() for block in self.trainer.routed.routed
+            block: config.group_size * self.trainer.lessons.curvature.of(block).item()
+            for block in self.trainer.routed.routed
         }
 
     def fit(self, fits: int) -> None:
@@ -118,7 +119,7 @@ class Gains:
         trainer = self.trainer
         for fit in range(fits):
             trainer.step = FIT_EVERY * fit
-            trainer._micro_batch("joint", trainer.draws.at(trainer.step)[0], fit=True)
+            trainer.lessons.micro_batch("joint", trainer.draws.at(trainer.step)[0], trainer.step, fit=True)
             trainer.routed.session = None
 
     def losses(self, wanted: Tensor, teacher: TeacherRecord, prediction: Tensor, features: dict[int, Tensor]) -> Tensor:
@@ -133,10 +134,10 @@ class Gains:
     def estimates(self, draw: Draw) -> tuple[dict[str, dict[int, Tensor]], TokenSession, Batch, Tensor, Tensor]:
         """dL/dpi per estimator and block [B, N], each of the sample's own loss; what ran, and the losses [B]."""
         trainer, batch = self.trainer, self.trainer.passes.batch(draw)
-        teacher = TeacherRecord(trainer._features_at)
+        teacher = TeacherRecord(trainer.lessons.features_at)
         wanted, found = trainer.passes.teacher(batch, teacher), {}
         with torch.no_grad():
-            ratios = trainer._ratios("joint", draw)
+            ratios = trainer.lessons.ratios("joint", draw)
         for estimator in ("input", "residual-2"):
             session = TokenSession(
                 trainer.routed.routed, ratios.requires_grad_(), teacher, estimator, granularity=8

@@ -10,7 +10,7 @@ import torch
 
 import shivelight as sl
 from shivelight.config import RoutingConfig, TokenRouting
-from shivelight.training import trainer as trainer_module
+from shivelight.training import lessons
 from shivelight.training.curvature import FIT_EVERY, Curvature, SwapSession, first_order, swapped
 from shivelight.training.session import BlockSession, TeacherRecord, TokenSession
 from shivelight.training.trainer import Trainer
@@ -76,19 +76,19 @@ def test_a_fit_repeats_the_pass_exactly_and_changes_nothing(
 ) -> None:
     trainer = make_trainer(routing=RoutingConfig(TokenRouting()), estimator="residual-2")
     draw = trainer.draws.at(0)[0]
-    plain = trainer._micro_batch("router", draw)["output"]
+    plain = trainer.lessons.micro_batch("router", draw, 0)["output"]
     fits: list[torch.Tensor] = []
-    monkeypatch.setattr(trainer.curvature, "update", lambda block, moments: fits.append(moments))
+    monkeypatch.setattr(trainer.lessons.curvature, "update", lambda block, moments: fits.append(moments))
 
     def idle(session: TokenSession, block: int, generator: torch.Generator) -> SwapSession:
         nothing = torch.zeros_like(session.kept[block])
         return SwapSession(session, block, nothing, nothing)
 
     for swaps in (swapped, idle):
-        monkeypatch.setattr(trainer_module, "swapped", swaps)
+        monkeypatch.setattr(lessons, "swapped", swaps)
         with monkeypatch.context() as patch:
-            patch.setattr(trainer_module, "curvature_moments", lambda *given: torch.cat(given))
-            again = trainer._micro_batch("router", trainer.draws.at(0)[0], fit=True)["output"]
+            patch.setattr(lessons, "curvature_moments", lambda *given: torch.cat(given))
+            again = trainer.lessons.micro_batch("router", trainer.draws.at(0)[0], 0, fit=True)["output"]
         assert torch.equal(plain, again)
         assert trainer.routed.session is not None and isinstance(trainer.routed.session, TokenSession)
     trainer.routed.session = None
@@ -103,7 +103,7 @@ def test_the_second_order_changes_the_gradient_and_not_the_loss(make_trainer: Ma
     gradients, losses = [], []
     for estimator in ("residual", "residual-2"):
         trainer = make_trainer(estimator, routing=RoutingConfig(TokenRouting()), estimator=estimator)
-        loss = trainer._micro_batch("router", trainer.draws.at(0)[0], fit=True)["total"]
+        loss = trainer.lessons.micro_batch("router", trainer.draws.at(0)[0], 0, fit=True)["total"]
         trainer.routed.session = None
         loss.backward()
         losses.append(loss.detach())
@@ -122,15 +122,15 @@ def test_a_run_of_the_second_order_resumes_exactly(
 ) -> None:
     whole = make_trainer("whole", estimator="residual-2")
     whole.run()
-    assert whole.curvature is not None and whole.curvature.moments.any()
+    assert whole.lessons.curvature is not None and whole.lessons.curvature.moments.any()
     sl.detach(pipe)
     for stop in (3, 6):
         part = make_trainer("parts", estimator="residual-2")
         part.run(until=stop)
         if stop < 6:
             part.close()
-    assert part.curvature is not None
-    assert torch.equal(part.curvature.moments, whole.curvature.moments)
+    assert part.lessons.curvature is not None
+    assert torch.equal(part.lessons.curvature.moments, whole.lessons.curvature.moments)
     files = [(tmp_path / run / "adapter/adapter_model.safetensors").read_bytes() for run in ("whole", "parts")]
     assert files[0] == files[1]
 
@@ -141,8 +141,8 @@ def test_blocks_and_reuse_go_with_it(make_trainer: MakeTrainer) -> None:
     )
     trainer = make_trainer(routing=routing, router_steps=0, policy_steps=0, joint_steps=2, estimator="residual-2")
     trainer.train_step()
-    assert trainer.curvature is not None and bool((trainer.curvature.updates > 0).any())
-    assert bool(torch.isfinite(trainer.curvature.moments).all())
+    assert trainer.lessons.curvature is not None and bool((trainer.lessons.curvature.updates > 0).any())
+    assert bool(torch.isfinite(trainer.lessons.curvature.moments).all())
 
 
 def test_gradient_checkpointing_trains_the_same_routers(make_trainer: MakeTrainer) -> None:
@@ -153,7 +153,7 @@ def test_gradient_checkpointing_trains_the_same_routers(make_trainer: MakeTraine
             trainer.backbone.enable_gradient_checkpointing()
             trainer.backbone.train()
         trainer.train_step()
-        assert trainer.curvature is not None
+        assert trainer.lessons.curvature is not None
         trained.append({name: value.detach().clone() for name, value in trainer.state_tensors().items()})
         trainer.close()
     assert trained[0]["curvature.moments"].any()

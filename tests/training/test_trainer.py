@@ -135,7 +135,7 @@ def test_the_teacher_of_a_step_sees_no_deltas(make_trainer: MakeTrainer) -> None
     for _ in range(2):
         draw = trainer.draws.at(trainer.step)[0]
         draw.keep = 1.0  # every token runs, so that deltas are all that student and teacher can differ in
-        losses.append(trainer._micro_batch("router", draw)["output"].item())
+        losses.append(trainer.lessons.micro_batch("router", draw, 0)["output"].item())
         for layer in trainer.deltas.layers.values():
             torch.nn.init.normal_(layer.lora_B["shivelight"].weight)
     assert losses[0] < 1e-9 and losses[1] > 1e-4
@@ -220,7 +220,7 @@ def test_the_anchor_meets_every_target_on_average_over_timesteps(make_trainer: M
         for _ in range(40):
             for draw in trainer.draws.at(trainer.step):
                 draw.keep = keep
-                rows.append(trainer._ratios("joint", draw))
+                rows.append(trainer.lessons.ratios("joint", draw))
             trainer.step += 1
         ratios = torch.cat(rows)
         assert ratios.mean().item() == pytest.approx(keep, abs=0.05)
@@ -245,7 +245,7 @@ def test_no_policy_can_hide_its_tokens_between_the_points_of_a_grid(make_trainer
     draws = [draw for step in range(20) for draw in trainer.draws.at(step)]
     for draw in draws:
         draw.keep = 0.5
-    assert torch.cat([trainer._ratios("joint", draw) for draw in draws]).mean() < 0.6
+    assert torch.cat([trainer.lessons.ratios("joint", draw) for draw in draws]).mean() < 0.6
 
 
 def test_timesteps_and_ratios_are_stratified_over_the_groups(make_trainer: MakeTrainer) -> None:
@@ -328,7 +328,7 @@ def test_two_processes_agree_on_budget_average_and_weights(tiny_folder: Path, im
             drawn = [(d.sigma, d.keep) for d in draws], [torch.rand((), generator=d.generator).item() for d in draws]
             trainer.run()
             digest = float(sum(p.double().abs().sum() for p in trainer.routed.parameters()))
-            record = {"average": float(trainer.averages['budget_loss'].deviation), "digest": digest, "drawn": drawn}
+            record = {"average": float(trainer.lessons.averages['budget_loss'].deviation), "digest": digest, "drawn": drawn}
             record["history"] = [{k: v for k, v in r.items() if k != "seconds"} for r in trainer.history]
             (out / f"rank{accelerator.process_index}.json").write_text(json.dumps(record))
             """

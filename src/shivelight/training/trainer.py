@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
@@ -20,21 +19,14 @@ from shivelight.adapter import attach, backbone_of, detach, routed_of
 from shivelight.adapter_files import save_adapter
 from shivelight.config import RoutingConfig
 from shivelight.errors import TrainingError
-from shivelight.execution.reuse import CachedPass
-from shivelight.routing import Dial, solve_anchor
 from shivelight.training import checkpoints
 from shivelight.training.cache import LatentCache
-from shivelight.training.curvature import Curvature, first_order, swapped
-from shivelight.training.damage import GateReading, damage_loss
 from shivelight.training.deltas import LiveDeltas
 from shivelight.training.denoisers import Denoiser, denoiser_for
-from shivelight.training.draws import Draw, Draws
-from shivelight.training.estimators import anneal, curvature_moments
-from shivelight.training.gates import gate_loss, width_loss
-from shivelight.training.losses import BudgetLoss, feature_distillation
-from shivelight.training.passes import Batch, Passes
+from shivelight.training.draws import Draws
+from shivelight.training.lessons import Lessons
+from shivelight.training.passes import Passes
 from shivelight.training.ranking import rank_channels
-from shivelight.training.session import BlockSession, TeacherRecord, TokenSession
 from shivelight.training.stages import StageName, TrainingConfig
 
 
@@ -90,21 +82,12 @@ class Trainer:
             self.routed = routed_of(pipe).float()
             if routing.deltas is not None and config.joint_steps:
                 self.deltas = LiveDeltas(self.backbone, self.routed.spec, routing.deltas, {})
-        averaged = ["budget_loss"] + ["gate_loss", "width_loss"] * (routing.blocks is not None)
-        self.averages = {
-            name: BudgetLoss(reduce=self.accelerator.reduce).to(self.accelerator.device) for name in averaged
-        }
-        self.curvature: Curvature | None = None
-        if config.estimator == "residual-2" and routing.tokens is not None:
-            self.curvature = Curvature(self.routed.routed, self.accelerator.reduce).to(self.accelerator.device)
         processes = self.accelerator.num_processes, self.accelerator.process_index
         self.draws = Draws(config, len(cache), self.denoiser.shift(cache.shape), processes, self._shift_to_run)
         self.passes = Passes(
             self.backbone, self.routed, self.deltas, self.denoiser, cache, self.draws, self.accelerator
         )
-        blocks = len(self.routed.planner.costs)
-        chosen = {*range(config.feature_every - 1, blocks, config.feature_every), blocks - 1}
-        self._features_at = tuple(sorted(chosen & set(self.routed.routed)))
+        self.lessons = Lessons(config, self.routed, self.passes, self.draws, self.denoiser.loss, self.accelerator)
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), betas=(0.9, 0.99), weight_decay=0.01)
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -117,10 +100,7 @@ class Trainer:
     def state_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all that trains, the averages of the budget losses and of the curvatures, routers' records
         and channel orders."""
-        averages = {f"{name}.{part}": b for name, loss in self.averages.items() for part, b in loss.named_buffers()}
-        if self.curvature is not None:
-            averages |= {f"curvature.{part}": buffer for part, buffer in self.curvature.named_buffers()}
-        return {**self.named_parameters(), **averages, **dict(self.routed.named_buffers())}
+        return {**self.named_parameters(), **self.lessons.state_tensors(), **dict(self.routed.named_buffers())}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         rates = {
@@ -200,7 +180,7 @@ class Trainer:
             untouched = nullcontext() if stage == "joint" else self.passes.without_deltas()
             try:
                 with untouched:
-                    losses = self._micro_batch(stage, draw, fit=group == 0)
+                    losses = self.lessons.micro_batch(stage, draw, self.step, fit=group == 0)
                     loss = losses.pop("total")
                     self._refuse_broken(stage, loss, losses)
                     if loss.requires_grad:
@@ -223,157 +203,6 @@ class Trainer:
             "with lower learning rates, or check the images and the backbone's precision."
         )
 
-    def _micro_batch(self, stage: StageName, draw: Draw, fit: bool = False) -> dict[str, Tensor]:
-        """The losses of a micro-batch; with `fit`, curvatures that are due are fitted to it."""
-        config = self.config
-        batch, teacher = self.passes.batch(draw), TeacherRecord(self._features_at)
-        reading = GateReading(self.routed, teacher) if config.gate_signal == "damage" else None
-        wanted = self.passes.teacher(batch, reading or teacher)
-        cached = self.passes.cached(draw, batch)
-        losses: dict[str, Tensor] = {}
-        total = torch.zeros((), device=wanted.device)
-        if reading is not None:
-            losses["damage"] = total = self._damage(draw, reading, batch, wanted, cached)
-            if self.routed.config.tokens is None:
-                return {"total": total} | {name: value.detach() for name, value in losses.items()}
-        gating = self._block_session(draw, teacher, cached) if reading is None else None
-        session = self._token_session(stage, draw, teacher, cached, gating)
-        self.routed.session, self.routed.gate_session = session, gating
-        prediction = self.passes.predict(batch)
-        compared: Any = gating or session
-        missed, parts = self._missed(batch, teacher, wanted, prediction, getattr(compared, "features", {}))
-        total, losses = total + missed, losses | parts
-        if session is not None and self.curvature is not None:
-            if fit:
-                self._fit_curvature(draw, batch, wanted, session, missed)
-            total = total + session.second_order(self.curvature.of)
-        if session is not None:
-            losses["keep"] = session.ratios.mean()
-            if stage != "router" and config.budget == "loss" and self.routed.policy is not None:
-                total = total + config.budget_weight * self.averages["budget_loss"](losses["keep"], config.target)
-        if gating is not None:
-            losses["gates"], losses["width"] = gating.ran().float().mean(), gating.chosen_widths().mean()
-            # Averaged over micro-batches: each has one timestep, and timesteps may differ in what they need.
-            bounds = gate_loss(gating.probabilities(), config.gate_target, self.averages["gate_loss"])
-            if len(gating.widths) > 1:
-                bounds = bounds + width_loss(
-                    gating.width_ratios(), gating.would_run(), config.width_target, self.averages["width_loss"]
-                )
-            total = total + config.gate_weight * bounds
-            gate = torch.stack([own.gate for own in gating.logits.values()], dim=1)
-            if gating.raised:  # records are of residuals of one step's age, which raises nothing
-                gate = gate - torch.stack(list(gating.raised.values()))
-            width = torch.stack([own.width for own in gating.logits.values()], dim=1)
-            self._record(1000 * batch.sigmas, gate, width, gating.dial.shift)
-        return {"total": total} | {name: value.detach() for name, value in losses.items()}
-
-    def _missed(
-        self, batch: Batch, teacher: TeacherRecord, wanted: Tensor, prediction: Tensor, features: dict[int, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a pass of the student misses of the teacher and of the data: the weighted sum, and its parts."""
-        config, losses = self.config, {"output": F.mse_loss(prediction.float(), wanted.float())}
-        total = config.output_weight * losses["output"]
-        if features and config.feature_weight:
-            student = [features[block] for block in self._features_at]
-            losses["features"] = feature_distillation(student, [teacher.features[block] for block in self._features_at])
-            total = total + config.feature_weight * losses["features"]
-        if config.flow_weight:
-            losses[self.denoiser.loss] = data_loss = self.passes.data_loss(prediction, batch)
-            total = total + config.flow_weight * data_loss
-        return total, losses
-
-    def _fit_curvature(self, draw: Draw, batch: Batch, wanted: Tensor, session: TokenSession, missed: Tensor) -> None:
-        """Swap a few tokens of each block that is due, and see how far the first order is off."""
-        assert self.curvature is not None
-        swaps = {block: swapped(session, block, draw.generator) for block in self.curvature.due(self.step)}
-        inclusions = [session.inclusions[block] for block, swap in swaps.items() if swap is not None]
-        # Where all tokens are kept there is nothing to swap, and nothing is spent on it.
-        gains = iter(torch.autograd.grad(missed, inclusions, retain_graph=True) if inclusions else ())
-        before = self.routed.session, self.routed.gate_session
-        try:
-            for block, swap in swaps.items():
-                moments = torch.zeros(2, device=missed.device)
-                if swap is not None:
-                    gating = None
-                    if session.gating is not None:
-                        gating = self._block_session(draw, session.teacher, session.cached)
-                    self.routed.session, self.routed.gate_session = swap, gating
-                    with torch.no_grad():
-                        prediction = self.passes.predict(batch)
-                        features = (gating or swap).features
-                        changed, _ = self._missed(batch, session.teacher, wanted, prediction, features)
-                    predicted, squares = first_order(swap, next(gains))
-                    moments = curvature_moments((changed - missed.detach())[None], predicted[None], squares[None])
-                self.curvature.update(block, moments)
-        finally:
-            # Gradient checkpointing runs the blocks once more, with the sessions of the pass itself.
-            self.routed.session, self.routed.gate_session = before
-
-    def _damage(
-        self, draw: Draw, reading: GateReading, batch: Batch, wanted: Tensor, cached: dict[int, CachedPass]
-    ) -> Tensor:
-        """The loss of the routers' predictions, on a few blocks; what all of them said is recorded."""
-        gates, routed = self.routed.gates, self.routed.routed
-        assert gates is not None
-        raised = gates.raised(draw.age)
-        assert raised is not None
-        losses = []
-        for place in torch.randperm(len(routed), generator=draw.generator)[: self.config.damage_blocks].tolist():
-            block = routed[place]
-            damage = self.passes.log_damage(block, cached[block], batch, wanted)
-            losses.append(damage_loss(reading.logits[block][:, 0] + raised[place], damage, draw.age))
-        logits = torch.stack([reading.logits[block] for block in routed], dim=1)
-        # What a router says of the dense pass does not depend on the dial.
-        self._record(1000 * batch.sigmas, logits[..., 0], logits[..., 1:], 0.0)
-        return torch.stack(losses).mean()
-
-    def _token_session(
-        self,
-        stage: StageName,
-        draw: Draw,
-        teacher: TeacherRecord,
-        cached: dict[int, CachedPass],
-        gating: BlockSession | None,
-    ) -> TokenSession | None:
-        config, tokens = self.config, self.routed.config.tokens
-        if tokens is None:
-            return None
-        # Hardened from the first step, a router that starts out wrong may stay so (benchmarks/synthetic.py, check k).
-        progress = (self.step - config.router_steps) / max(1, config.total_steps - config.router_steps)
-        return TokenSession(
-            routed=self.routed.routed,
-            ratios=self._ratios(stage, draw),
-            teacher=teacher,
-            estimator=config.estimator,
-            rank_temperature=anneal(*config.rank_temperature, progress),
-            selection_temperature=anneal(*config.selection_temperature, progress),
-            noise=0.0 if stage == "joint" else config.score_noise,
-            generator=draw.generator,
-            granularity=tokens.granularity,
-            cached=cached,
-            gating=gating,
-        )
-
-    def _block_session(self, draw: Draw, teacher: TeacherRecord, cached: dict[int, CachedPass]) -> BlockSession | None:
-        gates, blocks = self.routed.gates, self.routed.config.blocks
-        if gates is None or blocks is None:
-            return None
-        orders = {block: gates.order(block) for block in self.routed.routed} if len(blocks.widths) > 1 else {}
-        dial = Dial(blocks.threshold, draw.shift)
-        if not self.routed.config.closed_reuse:
-            return BlockSession(teacher, blocks.widths, orders, dial)
-        raised = dict(zip(self.routed.routed, gates.raised(draw.age), strict=True))
-        return BlockSession(teacher, blocks.widths, orders, dial, cached, raised)
-
-    @torch.no_grad()
-    def _record(self, timesteps: Tensor, gate: Tensor, width: Tensor, shift: float) -> None:
-        """Keep the routers' logits [B, L] and [B, L, S]: budgets are solved by them."""
-        gates = self.routed.gates
-        assert gates is not None
-        values = (timesteps, gate.detach(), width.detach(), torch.full_like(timesteps, shift))
-        # Of all processes: the dial is turned by them, and a checkpoint holds those of one process for all.
-        gates.records.add(*(self.accelerator.gather(value.contiguous()) for value in values))
-
     @torch.no_grad()
     def _calibrate(self) -> None:
         """Fill the records with what the trained routers say, at timesteps and budgets spread evenly: those of training were
@@ -385,7 +214,7 @@ class Trainer:
         gates.records.clear()
         for draw in draws:
             try:
-                self._micro_batch("joint", draw)
+                self.lessons.micro_batch("joint", draw, self.step)
             finally:
                 self.routed.session = self.routed.gate_session = None
 
@@ -407,18 +236,6 @@ class Trainer:
         # Every process saw its own share of the data; one order must hold for all.
         shared = {block: broadcast(order.to(self.accelerator.device)) for block, order in orders.items()}
         gates.set_orders(self.backbone, shared)
-
-    def _ratios(self, stage: StageName, draw: Draw) -> Tensor:
-        """[1, L] keep ratios of a micro-batch, with the policy's gradient where it trains."""
-        policy, device = self.routed.policy, self.accelerator.device
-        if stage == "router" or policy is None or self.routed.config.tokens.ratios == "fixed":
-            return torch.full((1, len(self.routed.routed)), draw.keep, device=device)
-        logits = policy(torch.tensor([1000.0 * draw.sigma], device=device))
-        if stage == "policy" and self.config.logit_noise:
-            logits = logits + self.config.logit_noise * torch.randn(logits.shape, generator=draw.generator).to(device)
-        if self.config.budget == "anchor":
-            logits = logits + solve_anchor(policy(self.draws.grid(draw.generator).to(device)), draw.keep)
-        return torch.sigmoid(logits)
 
     def _shift_to_run(self, share: float, age: int) -> float:
         """Shift of the dial at which this share of the gates is open, what they reuse being this many steps old; 0 without
