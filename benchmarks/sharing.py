@@ -10,6 +10,7 @@ sharing costs, in dB. Of token routing with deltas and policy (tokens that are l
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from shivelight.demo.data import EmojiData
 from shivelight.demo.export import export_images
 from shivelight.evaluation.comparison import Comparison, OperatingPoint, Setting
 from shivelight.evaluation.fidelity import fidelity_to_dense
-from shivelight.evaluation.results import new_results, new_row, write_results
+from shivelight.evaluation.results import new_results, new_row, read_results, write_results
 from shivelight.evaluation.standard import adapter_points
 from shivelight.measurement.statistics import bootstrap
 from shivelight.training.data import build_cache, read_folder
@@ -54,9 +55,10 @@ def kinds(steps: int) -> dict[str, tuple[RoutingConfig, TrainingConfig]]:
     }
 
 
-def train(work: Path, pictures: int, steps: int) -> None:
-    """All adapters that are not there yet."""
-    for kind, (routing, config) in kinds(steps).items():
+def train(work: Path, pictures: int, steps: int, chosen: Sequence[str]) -> None:
+    """All adapters of these kinds that are not there yet."""
+    for kind in chosen:
+        routing, config = kinds(steps)[kind]
         for keep in (None, *ALONE):
             out = work / kind / name_of(keep)
             if (out / "adapter" / CONFIG_NAME).exists():
@@ -82,12 +84,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="of training, of each adapter")
     parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument("--count", type=int, default=20, help="captions of the test split")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=list(kinds(6)), default=list(kinds(6)), help="others keep their rows"
+    )
     parser.add_argument("--work", type=Path, default=Path("build/sharing"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sharing.json"))
     args = parser.parse_args()
     common.quiet_libraries()
     common.keep_freed_memory()
-    train(args.work, args.pictures, args.steps)
+    train(args.work, args.pictures, args.steps, args.kinds)
     pipe = common.open_pipeline(None, common.DEFAULT_DEVICE, torch.bfloat16)
     sl.attach(pipe)
     options = {"max_sequence_length": embedded.TEXT_TOKENS}
@@ -97,8 +102,10 @@ def main() -> None:
         " ".join(["benchmarks/sharing.py", *sys.argv[1:]]), device=common.DEFAULT_DEVICE, split="test",
         backbone={"class": "the embedded pipeline"}, training_steps=args.steps,
     )  # fmt: skip
+    if args.out.exists():
+        results["rows"] = [row for row in read_results(args.out)["rows"] if row["method"] not in args.kinds]
     dense = comparison.pictures(comparison.dense(), captions)
-    for kind in kinds(args.steps):
+    for kind in args.kinds:
         shared: dict[float, Tensor] = {}
         for trained_for in (None, *ALONE):
             adapter = read_adapter(pipe, args.work / kind / name_of(trained_for) / "adapter")

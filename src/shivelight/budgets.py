@@ -8,7 +8,7 @@ from typing import Any
 
 from shivelight.adapter import backbone_of, routed_of
 from shivelight.calibration import SECONDS, FittedRests, Tables, fit_rests, usual_load
-from shivelight.config import UNTRAINED
+from shivelight.config import UNTRAINED, RestPlan
 from shivelight.errors import BudgetError, ShivelightError
 from shivelight.execution.compiled import CompiledRegions
 from shivelight.execution.context import GRID, is_set
@@ -241,7 +241,7 @@ def summary(model: Any) -> str:
     lines = [
         f"{type(backbone).__name__} ({routed.spec.name}), {len(routed.planner.costs)} blocks, {whole / 1e6:.1f} M parameters",
         f"adapter: {own / 1e6:.3f} M parameters ({100 * own / whole:.2f}% of the backbone), "
-        f"{len(routed.deltas)} linears with DoRA deltas",
+        f"{len(routed.deltas)} linears with DoRA deltas{_in_force(routed)}",
     ]
     if routed.config.activation is not None:
         lines.append(f"activation of the image MLPs: {routed.config.activation}, also while dense")
@@ -265,8 +265,7 @@ def summary(model: Any) -> str:
             f"{routed.residuals.megabytes:.1f} MB held of at most {reuse.max_cache_mb:g}"
         )
     if (stand_ins := routed.config.stand_ins) is not None:
-        plans = ", ".join(f"{len(plan.runs)} of {plan.steps}" for plan in stand_ins.plans)
-        lines.append(f"at rest: maps of rank {stand_ins.rank} where so many steps run: {plans}")
+        lines.append(f"at rest: maps of rank {stand_ins.rank} where so many steps run: {_runs_of(stand_ins.plans)}")
     gates = "" if budget.threshold is None else f", threshold = {budget.threshold}"
     planned = planned_ratio(backbone)
     unknown = "known once a picture was made" if budget.timed else "unknown (no statistics of the routers)"
@@ -284,6 +283,15 @@ def summary(model: Any) -> str:
     if tokens is not None and not (budget.timed and planned is None):
         lines.append(f"schedule: {current_schedule(backbone)}")
     return "\n".join(lines)
+
+
+def _in_force(routed: Routed) -> str:
+    deltas = routed.config.deltas
+    return "" if deltas is None or not deltas.plans else f", in force where so many steps run: {_runs_of(deltas.plans)}"
+
+
+def _runs_of(plans: Sequence[RestPlan]) -> str:
+    return ", ".join(f"{len(plan.runs)} of {plan.steps}" for plan in plans)
 
 
 def _comes_to(routed: Routed) -> str:

@@ -97,6 +97,7 @@ def test_what_is_tuned_is_nearer_and_dense_is_as_it_was(
     before = drawn_at(pipe, seeds)
     made = own.run()
     assert routed_of(pipe).config.deltas.plans == (sl.RestPlan(4, (0, 2)),)
+    assert "linears with DoRA deltas, in force where so many steps run: 2 of 4" in sl.summary(pipe)
     sl.set_budget(pipe, compute=0.6)
     assert method_name(routed_of(pipe).config) == ("blocks-tuned" if fit else "blocks")
     after = drawn(pipe, seeds)

@@ -44,7 +44,7 @@ class TuneConfig:
         guidance: scale; the pipeline's default for None.
         iterations: optimiser steps.
         batch: trajectories of each.
-        trajectories: dense generations to learn from, of the prompts in turn; kept on disk.
+        trajectories: dense generations to learn from, of the prompts in turn; kept on disk. Few of them are learned by heart.
         rank: of the deltas, whose alpha it is too; of deltas that are there already, theirs stays.
         lr: peak learning rate (AdamW), reached in `warmup` iterations and let fall to 0.
         warmup: iterations.
@@ -60,7 +60,7 @@ class TuneConfig:
     guidance: float | None = None
     iterations: int = 500
     batch: int = 16
-    trajectories: int = 1024
+    trajectories: int = 4000
     rank: int = 16
     lr: float = 5e-4
     warmup: int = 20
