@@ -119,7 +119,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             place.plot(
                 [1 / point.latency_ms for point in best], [point.quality for point in best], style.line,
                 color=style.colour, marker=style.marker, markersize=7 if ours else 5, linewidth=2.2 if ours else 1.1,
-                alpha=1.0 if ours or method == "fewer-steps" else 0.65, zorder=3 if ours else 2, label=method,
+                alpha=1.0 if ours or method.startswith("fewer-steps") else 0.65, zorder=3 if ours else 2, label=method,
             )  # fmt: skip
         dense = rows[0].get(metric.key)
         if dense is not None:

@@ -4,7 +4,7 @@ from shivelight.report.style import budget_label, count, is_ours, method_styles,
 
 
 def test_methods_differ_in_colour_or_marker_and_keep_their_look():
-    methods = ["dense", "fewer-steps", "tokens", "random", "norm", "fixed", "cache-dit", "dydit"]
+    methods = ["dense", "fewer-steps", "fewer-steps-placed", "tokens", "random", "norm", "fixed", "cache-dit", "dydit"]
     styles = method_styles(methods)
     assert len({(style.colour, style.marker) for style in styles.values()}) == len(methods)
     assert method_styles(["tokens"])["tokens"] == styles["tokens"]
@@ -22,6 +22,7 @@ def test_reuse_is_the_same_method_on_a_dotted_line():
     [
         ({"method": "tokens", "budget": {"keep": 0.6}}, "tokens keep 0.6"),
         ({"method": "fewer-steps", "budget": {}, "steps": 15}, "fewer-steps 15 steps"),
+        ({"method": "fewer-steps-placed", "budget": {}, "steps": 2}, "fewer-steps-placed 2 steps"),
         ({"method": "dense", "budget": {}}, "dense"),
     ],
 )

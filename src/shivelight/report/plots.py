@@ -11,7 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
-from shivelight.report.style import DENSE, FEWER_STEPS, MethodStyle, budget_label, is_ours, method_styles
+from shivelight.report.style import DENSE, MethodStyle, budget_label, is_ours, method_styles, takes_fewer_steps
 from shivelight.report.tables import Metric
 
 INK = "#1f2933"
@@ -46,14 +46,14 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float | None],
     """Rows that belong on one line: a method at one step count; fewer steps over all of its step counts."""
     curves: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
     for row in rows:
-        steps = None if row["method"] == FEWER_STEPS else row.get("steps")
+        steps = None if takes_fewer_steps(row["method"]) else row.get("steps")
         curves.setdefault((row["method"], steps), []).append(row)
     return curves
 
 
 def _curve_label(rows: Sequence[Mapping[str, Any]], method: str, steps: float | None) -> str:
     """The method, and its step count where the plot has several."""
-    several = len({row.get("steps") for row in rows if row["method"] != FEWER_STEPS}) > 1
+    several = len({row.get("steps") for row in rows if not takes_fewer_steps(row["method"])}) > 1
     return f"{method}, {steps:g} steps" if several and steps is not None else method
 
 
@@ -67,7 +67,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _draw_curve(axes: Axes, x: list[float], y: list[float], style: MethodStyle, label: str) -> None:
-    fewer = label == FEWER_STEPS
+    fewer = takes_fewer_steps(label)
     axes.plot(
         x,
         y,
@@ -109,7 +109,7 @@ def quality_latency(results: Mapping[str, Any], metric: Metric) -> Figure | None
                 linewidth=1,
                 zorder=2,
             )
-            if is_ours(method) or method == FEWER_STEPS:
+            if is_ours(method) or takes_fewer_steps(method):
                 # Towards the corner of what is better and faster, where the curves of other methods are not.
                 axes.annotate(
                     budget_label(row),

@@ -34,6 +34,8 @@ KNOWN = {
     DENSE: MethodStyle(BLACK, "*"),
     "dense-finetuned": MethodStyle(BLACK, "P"),
     FEWER_STEPS: MethodStyle(BLACK, "s", "--"),
+    f"{FEWER_STEPS}-placed": MethodStyle(BLACK, "D", ":"),
+    f"{FEWER_STEPS}-tuned": MethodStyle(BLACK, "P", "-."),
     "tokens": MethodStyle(BLUE, "o"),
     "blocks": MethodStyle(GREEN, "^"),
     "blocks-refresh": MethodStyle(GREEN, "v"),
@@ -70,6 +72,11 @@ def is_ours(method: str) -> bool:
     return base_method(method) in OURS
 
 
+def takes_fewer_steps(method: str) -> bool:
+    """Whether a method is the dense model with fewer steps, however they are chosen."""
+    return method.startswith(FEWER_STEPS)
+
+
 def method_styles(methods: list[str]) -> dict[str, MethodStyle]:
     """A style for each method, unknown ones in order of appearance, reuse as its method but dotted."""
     styles: dict[str, MethodStyle] = {}
@@ -86,7 +93,7 @@ def method_styles(methods: list[str]) -> dict[str, MethodStyle]:
 
 def budget_label(row: Mapping[str, Any]) -> str:
     """What a row was allowed: `keep 0.6`, `12 steps`, or an empty string where nothing was bounded."""
-    if row["method"] == FEWER_STEPS and "steps" in row:
+    if takes_fewer_steps(row["method"]) and "steps" in row:
         return f"{row['steps']:g} steps"
     return ", ".join(f"{name} {value:g}" for name, value in row["budget"].items())
 
