@@ -41,7 +41,7 @@ def test_without_a_fit(run, small: tuple, tmp_path: Path) -> None:  # noqa: ANN0
     few = ("--batch", 1, "--trajectories", 1, "--iterations", 1, "--out", tmp_path / "out")
     code, said, error = run("tune", *small, *few)
     assert code == 0 and "compute (0.5,)" in said, error
-    code, _, error = run("tune", *small, *few, "--compute", 1.0)
-    assert code == 1 and "below 1" in error
+    code, _, error = run("tune", *small, *few, "--compute", 1.5)
+    assert code == 1 and "give shares of the dense FLOPs" in error
     code, _, error = run("tune", *small, *few[:-1], tmp_path / "none", "--compute", 0.1)
     assert code == 1 and "cannot be reached" in error
