@@ -8,6 +8,7 @@ Prompts are captions of the training split.
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,13 +21,16 @@ from shivelight.demo.data import EmojiData
 NAME = "blocks-fitted"
 # (steps, budgets) of each pipeline; with many steps a map has little to add to what each channel says of itself.
 TEACHER = ((8, (0.75, 0.5)), (25, (0.7, 0.5)))
-FEW = ((embedded.FEW_STEPS, (0.75, 0.5, 0.25)), (embedded.FEW_STEPS - 1, (0.67, 0.34)))
+# At few steps what whole steps leave of a budget lets some tokens run.
+FEW = ((embedded.FEW_STEPS, (0.88, 0.75, 0.65, 0.5, 0.25)), (embedded.FEW_STEPS - 1, (0.67, 0.34)))
 
 
 def fit(few: bool, prompts: list[str], rank: int, out: Path, device: str) -> None:
     """One adapter."""
     pipe = (embedded.load_few_step if few else embedded.load_pipeline)(device)
-    sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks"))
+    routing = sl.RoutingConfig.training_free(compute=1.0, axis="blocks")
+    assert routing.blocks is not None
+    sl.attach(pipe, replace(routing, blocks=replace(routing.blocks, partial=few)))
     guidance = 1.0 if few else embedded.GUIDANCE
     began, said = time.perf_counter(), []
     for steps, computes in FEW if few else TEACHER:
@@ -35,7 +39,8 @@ def fit(few: bool, prompts: list[str], rank: int, out: Path, device: str) -> Non
             max_sequence_length=embedded.TEXT_TOKENS,
         ):  # fmt: skip
             left = [round(share, 3) for share in fitted.left]
-            said.append({"steps": steps, "runs": list(fitted.plan.runs), "compute": fitted.compute, "left": left})
+            plan = {"runs": list(fitted.plan.runs), "partial": fitted.plan.partial}
+            said.append({"steps": steps, **plan, "compute": fitted.compute, "left": left})
             print(said[-1], f"{time.perf_counter() - began:.0f} s", flush=True)
     training = {"command": "recipes/fit_rests.py", "prompts": len(prompts), "guidance": guidance, "fitted": said}
     sl.save_adapter(pipe.to(dtype=torch.float16), out, training)

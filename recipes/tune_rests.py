@@ -1,9 +1,10 @@
 """Tune deltas around steps at rest: `demo/few-step/adapters/blocks-tuned`, on top of `blocks-fitted` of the distilled pipeline.
 
-    python recipes/tune_rests.py      # about two hours on 2 cores; goes on where it stopped
+    python recipes/tune_rests.py      # about three hours on 2 cores; goes on where it stopped
 
 Prompts are captions of the training split, each walked from noise of its own: first at two and three of four steps, then at two
-alone, on twice as many generations (few of them are learned by heart). The deltas are in force where two of four steps run.
+alone, on twice as many generations (few of them are learned by heart), and then at two with and without a step in part. The deltas
+are in force where two of four steps run, and where two and a part do.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from shivelight.training.tuner import TuneConfig, Tuner
 
 ADAPTERS = embedded.FEW_STEP / "adapters"
 # Budgets that are walked, iterations, dense generations to learn from.
-STAGES = (((0.52, 0.52, 0.76), 700, 1536), ((0.52,), 600, 3328))
+STAGES = (((0.52, 0.52, 0.76), 700, 1536), ((0.52,), 600, 3328), ((0.58, 0.65, 0.52), 450, 3328))
 
 
 def main() -> None:

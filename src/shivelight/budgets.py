@@ -291,7 +291,7 @@ def _in_force(routed: Routed) -> str:
 
 
 def _runs_of(plans: Sequence[RestPlan]) -> str:
-    return ", ".join(f"{len(plan.runs)} of {plan.steps}" for plan in plans)
+    return ", ".join(f"{len(plan.runs)}{' and a part' if plan.partial else ''} of {plan.steps}" for plan in plans)
 
 
 def _comes_to(routed: Routed) -> str:

@@ -98,6 +98,8 @@ class BlockRouting:
             block runs. The older the residual, the sooner the gate opens. Needs `RoutingConfig.reuse`.
         share: of a `compute` budget over tokens and blocks together, compute^share is left to blocks and widths, the rest
             to tokens.
+        partial: with router="interval", where nothing is forecast (8 steps and fewer): what whole steps leave of the budget lets
+            some tokens run at one step at rest, those for which what stands in is worst.
     """
 
     router: Literal["lean", "elastic-dit", "interval", "age", "drift"] = "lean"
@@ -111,6 +113,7 @@ class BlockRouting:
     decide: Literal["block", "step", "static"] = "block"
     closed: Literal["pass", "reuse"] = "pass"
     share: float = 0.5
+    partial: bool = False
 
     def __post_init__(self) -> None:
         for name in ("bottleneck", "modulation_rank", "token_stride"):
@@ -141,6 +144,10 @@ class BlockRouting:
             self.learned or self.closed == "pass",
             f"BlockRouting.router={self.router!r} always reuses; closed='reuse' is about routers that are trained.",
         )
+        _require(
+            self.router == "interval" or not self.partial,
+            f"BlockRouting.partial is about steps at which all blocks rest; give router='interval', not {self.router!r}.",
+        )
 
     @property
     def learned(self) -> bool:
@@ -156,11 +163,13 @@ class RestPlan:
         steps: of sampling.
         runs: those, from 0 on, at which all blocks run; the first is among them.
         passes: of the backbone in each step; two where guidance runs its branches as separate calls.
+        partial: the step at rest at which they run on some tokens; 0 where there is none.
     """
 
     steps: int
     runs: tuple[int, ...]
     passes: int = 1
+    partial: int = 0
 
     def __post_init__(self) -> None:
         _integer("RestPlan.steps", self.steps)
@@ -175,10 +184,24 @@ class RestPlan:
             self.runs[:1] == (0,) and list(self.runs) == sorted(set(self.runs)) and self.runs[-1] < self.steps,
             f"RestPlan.runs is {self.runs} of {self.steps} steps; give steps in order, the first of them 0.",
         )
+        _integer("RestPlan.partial", self.partial)
+        _require(
+            self.partial == 0 or (0 < self.partial < self.steps and self.partial not in self.runs),
+            f"RestPlan.partial is {self.partial}, where {self.runs} of {self.steps} steps run; give another of them, or 0.",
+        )
+
+    @property
+    def key(self) -> tuple[int, tuple[int, ...], int]:
+        """What tells plans apart: steps, those that run, and the one that runs in part."""
+        return self.steps, self.runs, self.partial
 
     def like(self, other: "RestPlan") -> bool:
         """Whether the same of as many steps run."""
-        return (self.steps, self.runs) == (other.steps, other.runs)
+        return self.key == other.key
+
+    def computes(self, step: int) -> bool:
+        """Whether blocks run at a step, on all tokens or some."""
+        return step in self.runs or step == self.partial > 0
 
 
 @dataclass(frozen=True)
@@ -410,7 +433,7 @@ def _plans(owner: str, given: Any) -> tuple[RestPlan, ...]:
     """As JSON or as plans; none twice."""
     _require(isinstance(given, list | tuple), f"{owner}.plans is {given!r}; give a list of plans.")
     read = tuple(plan if isinstance(plan, RestPlan) else _part(RestPlan, plan) for plan in given)
-    names = {(plan.steps, plan.runs) for plan in read}
+    names = {plan.key for plan in read}
     _require(len(names) == len(read), f"{owner}.plans has one plan twice.")
     return read
 

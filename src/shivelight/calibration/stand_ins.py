@@ -18,7 +18,7 @@ from shivelight.config import RestPlan, StandIns
 from shivelight.errors import ShivelightError
 from shivelight.execution.planning import Budget
 from shivelight.execution.routed import Routed
-from shivelight.execution.stand_ins import StandInMap, StandInMaps, places
+from shivelight.execution.stand_ins import NeedScore, StandInMap, StandInMaps, places
 
 # Of the mean square of a value; which of them, or no map between channels at all, is decided on samples that were held back.
 RIDGES = (1e-4, 1e-3, 1e-2)
@@ -145,6 +145,22 @@ def fit_map(values: Sequence[Tensor], out: Tensor, rank: int) -> tuple[StandInMa
     return everything.map(best, rank), tried[best]
 
 
+def fit_need(found: StandInMap, values: Sequence[Tensor], out: Tensor) -> NeedScore:
+    """What ranks tokens by how far off a map is: ridge regression of the length of its error on the K values.
+
+    Args:
+        found: the map.
+        values: the K values [B, N, D].
+        out: what the blocks made [B, N, D].
+    """
+    known = torch.cat([value.float().flatten(0, 1) for value in values], dim=1)
+    error = torch.linalg.vector_norm((found([value.float() for value in values]) - out.float()), dim=-1).flatten()
+    inner, cross = moments(known - known.mean(0), (error - error.mean())[:, None])
+    need = NeedScore(*found.scale.shape).to(found.scale.device)
+    need.weight.copy_(torch.linalg.solve(_ridged(inner, RIDGES[1]), cross).float().view_as(need.weight))
+    return need
+
+
 class Fitting:
     """A `RestSession`: fits a map at each pass of each step at rest, as the generation comes there.
 
@@ -162,6 +178,7 @@ class Fitting:
         self.rank, self.unmended, self.guidance, self.progress = rank, unmended, guidance, progress
         self.plan: RestPlan | None = None
         self.maps: dict[tuple[int, int], StandInMap] = {}
+        self.scores: dict[tuple[int, int], NeedScore] = {}
         self.left: dict[int, float] = {}
 
     def fit(self, plan: RestPlan, step: int, call: int, values: Sequence[Tensor], out: Tensor, paired: bool) -> Tensor:
@@ -173,7 +190,10 @@ class Fitting:
             free, kept = both.float().chunk(2)
             return torch.lerp(free, kept, self.guidance)
 
-        found, left = fit_map([guided(value) for value in values], guided(out), self.rank)
+        known, made = [guided(value) for value in values], guided(out)
+        found, left = fit_map(known, made, self.rank)
+        if step == plan.partial:
+            self.scores[step, call] = fit_need(found, known, made).to(out.dtype)
         if step > plan.runs[-1]:
             found.weaken(self.unmended)
         found = self.maps[step, call] = found.to(out.dtype)
@@ -182,6 +202,10 @@ class Fitting:
         if self.progress is not None:
             self.progress(f"step {step + 1} of {plan.steps}")
         return found(values)
+
+    def needs(self, step: int, call: int, values: Sequence[Tensor]) -> Tensor:
+        """By the score that was fitted."""
+        return self.scores[step, call](values)
 
 
 @torch.no_grad()
@@ -204,9 +228,10 @@ def fit_rests(
             'RoutingConfig.training_free(compute=0.5, axis="blocks") first.'
         )
     fitted = {}
-    budget, enabled = routed.budget, routed.enabled
+    budget, enabled, earlier = routed.budget, routed.enabled, routed.stand_ins
     try:
         routed.enable(True)
+        routed.set_stand_ins(None)  # nothing that is there has a say in what is fitted
         for compute in computes:
             routed.budget, routed.fitting = Budget("compute", compute), Fitting(rank, unmended, guidance, progress)
             generate()
@@ -214,6 +239,7 @@ def fit_rests(
                 fitted[routed.fitting.plan] = routed.fitting
     finally:
         routed.budget, routed.fitting = budget, None
+        routed.set_stand_ins(earlier)
         routed.enable(enabled)
         routed.reset()
     if not fitted:
@@ -237,8 +263,8 @@ def fitted_computes(routed: Routed, steps: int) -> tuple[float, ...]:
 def _joined(routed: Routed, fitted: dict[RestPlan, Fitting], rank: int) -> StandInMaps:
     """Maps that were there, of other plans, and the new ones."""
     earlier = routed.stand_ins
-    new = {(plan.steps, plan.runs) for plan in fitted}
-    kept = () if earlier is None else tuple(p for p in earlier.config.plans if (p.steps, p.runs) not in new)
+    new = {plan.key for plan in fitted}
+    kept = () if earlier is None else tuple(plan for plan in earlier.config.plans if plan.key not in new)
     if kept and earlier is not None and earlier.config.rank != rank:
         raise ShivelightError(
             f"The maps that are there have rank {earlier.config.rank}, those asked for {rank}. Give rank="
@@ -249,16 +275,28 @@ def _joined(routed: Routed, fitted: dict[RestPlan, Fitting], rank: int) -> Stand
     for plan in maps.config.plans:
         for _, step, call in places(plan):
             own = fitted[plan].maps.get((step, call)) if plan in fitted else None
-            found = own if own is not None or earlier is None else earlier.find(plan, step, call)
-            if found is not None:  # else it stays what it is when new: the last output
-                maps.put(plan, step, call, found)
+            need = fitted[plan].scores.get((step, call)) if plan in fitted else None
+            if own is None and earlier is not None:
+                own, need = earlier.find(plan, step, call), earlier.need(plan, step, call)
+            if own is not None:  # else it stays what it is when new: the last output
+                maps.put(plan, step, call, own, need)
     return maps
 
 
 def _compute(routed: Routed, plan: RestPlan) -> float:
-    """The least budget, as a multiple of 1e-4, that runs a plan and what stands in where it rests, whatever the prompt."""
+    """The least budget, as a multiple of 1e-4, that runs a plan and what stands in where it rests, whatever the prompt; half of
+    the tokens where it runs in part."""
     assert routed.stand_ins is not None
-    tokens = routed.shape[0]
-    dense, always = routed.planner.dense_flops(tokens, 0)  # the shorter the text, the larger is the maps' share
+    # The shorter the text, the larger is the maps' share; the longer, that of half of the image tokens.
+    return max(_share(routed, plan, text_tokens) for text_tokens in (0, routed.shape[1]))
+
+
+def _share(routed: Routed, plan: RestPlan, text_tokens: int) -> float:
+    assert routed.stand_ins is not None
+    tokens, planner = routed.shape[0], routed.planner
+    dense, always = planner.dense_flops(tokens, text_tokens)
     spent = always * plan.steps + (dense - always) * len(plan.runs) + sum(routed.stand_ins.flops(plan, tokens))
+    if plan.partial:
+        half = math.ceil(tokens / 2)
+        spent += sum(planner.costs[block].flops(half, text_tokens, attended=tokens) for block in planner.routed)
     return math.ceil(1e4 * spent / (dense * plan.steps)) / 1e4

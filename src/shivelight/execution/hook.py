@@ -13,12 +13,12 @@ from shivelight.errors import ShivelightError
 from shivelight.execution.call import BlockCall
 from shivelight.execution.gates import Decision
 from shivelight.execution.region import Loan, Taps, run_some, run_whole
-from shivelight.execution.reuse import BlockResiduals
+from shivelight.execution.reuse import BlockResiduals, OfBlock
 from shivelight.execution.rotary import turning
 from shivelight.execution.routed import Routed
 from shivelight.execution.span import Passage
 from shivelight.execution.stand_ins import values_of
-from shivelight.execution.tokens import merge_samples, sample_index
+from shivelight.execution.tokens import gather_tokens, merge_samples, sample_index, write_back
 from shivelight.execution.width import OwnForward, masked_channels, resized
 from shivelight.routing import token_mask, top_k_indices
 
@@ -104,6 +104,8 @@ class BlockHook(ModelHook):
 
     def _scores_for(self, x: Tensor, decisions: tuple[Decision, ...]) -> Tensor | None:
         """Scores [B, N] to select by; None where no sample selects."""
+        if self.routed.config.together:  # once for all blocks
+            return None
         selects = any(decision.action == "run" and decision.tokens < x.shape[1] for decision in decisions)
         # What the conditional pass scores also serves an unconditional one that runs a block it skips itself.
         if not selects and not (self.routed.context.branch == "cond" and self.routed.selects):
@@ -140,7 +142,8 @@ class BlockHook(ModelHook):
         """The projections whose last outputs stand for the tokens that are left out: only where tokens are, of a block that
         runs, is there anything to complete."""
         config = self.routed.config
-        keeps = config.reuse is not None and config.reuse.context and config.tokens is not None
+        some = config.tokens is not None or (config.blocks is not None and config.blocks.partial)
+        keeps = config.reuse is not None and config.reuse.context and some
         return self.kind.context_layers(module) if keeps else {}
 
     def _combines_both(self) -> bool:
@@ -219,14 +222,11 @@ class BlockHook(ModelHook):
                 return own(values), call.text
             expect = entry.stand_in if whole else entry.add
             return expect(call.image, call.text, step, reuse.max_age)
-        image, text = self._run(module, call)
+        if decision.action == "run" and decision.tokens < call.image.shape[1]:
+            return self._run_partly(module, call, decision.tokens, entry)
+        image, text = self._run_whole(module, call, entry)
         if whole and decision.action == "reuse":
-            values = self._known_values(entry) if last else []
-            assert routed.fitting is not None
-            if values:
-                paired = routed.context.branch == "both"
-                image = routed.fitting.fit(routed.rests, step, routed.context.call, values, image, paired)
-            return image, text
+            return self._fit(image, entry, None) if last else image, text
         if whole:
             if last:  # copies: others may write into what a block returns
                 entered = routed.context.memo.get("entered")
@@ -244,6 +244,57 @@ class BlockHook(ModelHook):
             images, texts = passage.finish()
             entry.refresh(images, step, texts)
         return image, text
+
+    def _run_whole(
+        self, module: nn.Module, call: BlockCall, entry: BlockResiduals
+    ) -> tuple[Tensor, Tensor | None]:
+        """(image, text); before a step that runs in part, what its tokens will attend to is kept."""
+        rests = self.routed.rests
+        if not rests.partial or self.routed.context.step != max(run for run in rests.runs if run < rests.partial):
+            return self._run(module, call)
+        return self._run(module, call, context=self._context_layers(module), entry=self._own_part(entry))
+
+    def _run_partly(
+        self, module: nn.Module, call: BlockCall, tokens: int, entry: BlockResiduals
+    ) -> tuple[Tensor, Tensor | None]:
+        """(image, text) where all blocks run on the same tokens, and what stands in for the blocks takes the others' place at the
+        end. What is kept of each token stays that of the last whole run."""
+        routed, last = self.routed, self.block == self.routed.routed[-1]
+        if routed.fitting is not None:
+            image, text = self._run(module, call)
+            return self._fit(image, entry, tokens) if last else image, text
+        if self.block == routed.routed[0]:
+            scores = self._paired_scores(call.image)
+            scores = torch.cat([scores, scores]) if routed.context.branch == "both" else scores
+            routed.context.memo["chosen"] = routed.regions.run(("kept",), top_k_indices, scores, tokens)
+        indices = routed.context.memo["chosen"]
+        part = self._own_part(entry)
+        image, text = self._run(module, call, indices=indices, context=self._context_layers(module), entry=part)
+        if not last:
+            return write_back(call.image, indices, image), text
+        assert routed.config.reuse is not None
+        values, own = self._known_values(entry), routed.stand_in()
+        if own is not None and len(own.scale) == len(values):
+            return write_back(own(values), indices, image), text
+        others, _ = entry.stand_in(call.image, None, routed.context.step, routed.config.reuse.max_age)
+        return write_back(others, indices, image), text
+
+    def _own_part(self, entry: BlockResiduals) -> OfBlock:
+        passes = 2 if self.routed.context.branch in ("cond", "uncond") else 1
+        return OfBlock(entry, self.block, 1e6 * self.routed.residuals.max_mb / passes)
+
+    def _fit(self, image: Tensor, entry: BlockResiduals, tokens: int | None) -> Tensor:
+        """What a `RestSession` lets stand in for what the blocks made [B, N, D]; on so many tokens they run."""
+        routed, values = self.routed, self._known_values(entry)
+        assert routed.fitting is not None
+        if not values:
+            return image
+        context = routed.context
+        fitted = routed.fitting.fit(routed.rests, context.step, context.call, values, image, context.branch == "both")
+        if tokens is None:
+            return fitted
+        indices = top_k_indices(routed.fitting.needs(context.step, context.call, values), tokens)
+        return write_back(fitted, indices, gather_tokens(image, indices))
 
     def _known_values(self, entry: BlockResiduals) -> list[Tensor]:
         """What a stand-in is worked out from; none where the blocks have not run yet, or longer ago than may be used."""
@@ -287,7 +338,7 @@ class BlockHook(ModelHook):
         masks: Tensor | None = None,
         indices: Tensor | None = None,
         context: Mapping[str, nn.Module] | None = None,
-        entry: BlockResiduals | None = None,
+        entry: BlockResiduals | OfBlock | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(image, text) of the block's own forward.
 

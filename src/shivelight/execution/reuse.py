@@ -86,6 +86,7 @@ class BlockResiduals:
         for series in (self.image, self.entered, self.text):
             if series is not None:
                 series.detach()
+        self.projections = {name: held.detach() for name, held in self.projections.items()}
 
     def may_serve(self, sample: int, most: int) -> bool:
         """Whether a sample's residual is there and was used fewer than `most` times in a row."""
@@ -212,6 +213,42 @@ class BlockResiduals:
     def history(self) -> list[tuple[Tensor, Tensor]]:
         """What went in and came out [B, N, D] at the last run and the one before, as far as there were any."""
         return [] if self.entered is None else list(zip(self.entered.values(), self.image.values(), strict=True))
+
+
+class OfBlock:
+    """The projections of one block, where one entry serves all blocks.
+
+    Args:
+        entry: of all.
+        block: its index.
+        room: how many bytes the entry may have; what does not fit is not kept.
+    """
+
+    def __init__(self, entry: BlockResiduals, block: int, room: float) -> None:
+        self.entry, self.block, self.room = entry, block, room
+
+    def completes(self, names: Iterable[str]) -> bool:
+        """As `BlockResiduals.completes`."""
+        return self.entry.completes([self._named(name) for name in names])
+
+    def lend(self, names: Iterable[str], indices: Tensor | None) -> dict[str, Loan]:
+        """As `BlockResiduals.lend`; with gradients, nothing is changed in place."""
+        if indices is None:
+            return {name: Recording(self.entry.image.last.shape[1]) for name in names}
+        held = {name: self.entry.projections.get(self._named(name)) for name in names}
+        in_place = not torch.is_grad_enabled()
+        return {name: Completing(own, indices, in_place) for name, own in held.items() if own is not None}
+
+    def take_back(self, loans: Mapping[str, Loan]) -> None:
+        """Keep what was recorded, all of it or nothing."""
+        taken = {self._named(n): own.taken for n, own in loans.items() if isinstance(own, Recording)}
+        kept = {name: own for name, own in taken.items() if own is not None}
+        size = sum(own.numel() * own.element_size() for own in kept.values())
+        if self.entry.bytes + size <= self.room:
+            self.entry.projections.update(kept)
+
+    def _named(self, name: str) -> str:
+        return f"{self.block}.{name}"
 
 
 class CachedPass(BlockResiduals):
@@ -347,6 +384,10 @@ class ResidualCache:
             return None
         drift, expired = entry.log_drift(step, max_age)
         return drift[samples], expired[samples]
+
+    def held(self, place: tuple[int, int]) -> BlockResiduals:
+        """The entry of a (pass, block) that has run."""
+        return self._entries[place]
 
     def find(self, place: tuple[int, int], x: Tensor, text: Tensor | None = None) -> BlockResiduals | None:
         """The entry of a (pass, block) for tokens x [B, N, D], where one fits."""

@@ -34,7 +34,8 @@ class TokenScorer:
             samples: of the batch.
         """
         tokens = routed.config.tokens
-        assert tokens is not None
+        if tokens is None:
+            return self._needed(routed, x, samples)
         if tokens.scores == "norm":
             return torch.linalg.vector_norm(x.float(), dim=-1)
         if tokens.scores == "random":
@@ -72,6 +73,16 @@ class TokenScorer:
         scores = scored(drift)
         # What may not be reused any more is computed anew first, in the router's own order.
         return torch.where(expired, scores + _FIRST, scores)
+
+    @staticmethod
+    def _needed(routed: Routed, x: Tensor, samples: slice) -> Tensor:
+        """At a step at which all blocks run on some tokens: how far off what stands in is, as fitted; else how much the last output
+        differs from token to token, since what is alike changes alike."""
+        last, values = routed.last_run(x, samples)
+        need = routed.need()
+        if need is not None and len(values) == len(need.weight):
+            return need(values)
+        return torch.linalg.vector_norm((last - last.mean(1, keepdim=True)).float(), dim=-1)
 
     def _random(self, routed: Routed, block: int, x: Tensor) -> Tensor:
         """The same random ranking for every sample, drawn from (seed, step, block), so that batching changes nothing."""

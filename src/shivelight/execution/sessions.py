@@ -57,3 +57,6 @@ class RestSession(Protocol):
     def fit(self, plan: RestPlan, step: int, call: int, values: Sequence[Tensor], out: Tensor, paired: bool) -> Tensor:
         """What is to stand in at this pass of a step [B, N, D], of the K values that are known [B, N, D] and what the blocks made
         [B, N, D]; `paired` where they are [unconditional; conditional] halves."""
+
+    def needs(self, step: int, call: int, values: Sequence[Tensor]) -> Tensor:
+        """Scores [B, N] of the tokens of a pass that was fitted, by how far off what stands in is."""

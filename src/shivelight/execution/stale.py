@@ -18,6 +18,11 @@ from shivelight.execution.gates import Decision
 from shivelight.execution.planning import Budget, Planner, Request, warm_steps
 from shivelight.execution.reuse import BlockResiduals
 from shivelight.execution.stand_ins import StandInMaps
+from shivelight.routing import count_unit
+
+# At a step that runs in part: tokens are a multiple of this (see `TokenRouting.granularity`), and at least this share of all.
+_UNIT = 8
+_LEAST = 0.25
 
 Find = Callable[[int], BlockResiduals | None]
 
@@ -30,11 +35,13 @@ class StalePlan:
         allotted: FLOPs at each step [T], and what is left over goes to the next.
         stand_ins: FLOPs of the maps that stand in for blocks at rest, over all steps; 0 where none do.
         rests: where all blocks run or rest together, the generation that this is.
+        tokens: how many run at the step that runs in part; 0 where there is none.
     """
 
     allotted: tuple[float, ...]
     stand_ins: float = 0.0
     rests: RestPlan | None = None
+    tokens: int = 0
 
     @property
     def cost(self) -> float:
@@ -66,6 +73,13 @@ def run_steps(count: int, steps: int, longest: int, growth: float) -> list[int]:
         intervals[intervals.index(max(intervals))] -= 1
         intervals[intervals.index(min(intervals))] += 1
     return [0, *itertools.accumulate(sorted(intervals)[:-1])]
+
+
+def partial_step(runs: Sequence[int], steps: int) -> int:
+    """The step at rest at which some tokens run: the last one before a run (or the end) that comes first, since what stands in is
+    furthest off where noise is high, and what such a step makes is of use at the next run; 0 where all steps run."""
+    ends = zip(runs, (*runs[1:], steps), strict=True)
+    return next((end - 1 for start, end in ends if end - start > 1), 0)
 
 
 class StaleGates:
@@ -125,7 +139,8 @@ class StaleGates:
                 nearest=nearest,
             )
         if together:
-            return self._at_intervals(whole, fewest, left, request.tokens)
+            found = self._at_intervals(whole, fewest, left, request.tokens)
+            return self._in_part(found, left, request) or found
         warm = max(1, warm_steps(self.reuse.warmup, whole, left))
         # The steps after the warm-up share the rest by their own cost.
         rest = min(1.0, (left - math.fsum(whole[:warm])) / math.fsum(whole[warm:])) if warm < steps else 1.0
@@ -146,6 +161,27 @@ class StaleGates:
             return plan
         fitted = replace(plan, stand_ins=float(sum(self.stand_ins.flops(rests, tokens))))
         return fitted if fitted.cost <= within else plan
+
+    def _in_part(self, plan: StalePlan, left: float, request: Request) -> StalePlan | None:
+        """With as many tokens at one step at rest as what is left over pays for; None where those are too few, or forecasts, which
+        count the steps between runs, have a say."""
+        runs, steps = plan.rests, plan.steps
+        assert runs is not None
+        at = partial_step(runs.runs, steps)
+        if not self.config.partial or self.reuse.horizon(steps) > 0 or not at:
+            return None
+        rests = replace(runs, partial=at)
+        if self.stand_ins is not None and not self.stand_ins.knows(rests):
+            return None  # what was fitted to whole steps is worth more
+        maps = 0.0 if self.stand_ins is None else float(sum(self.stand_ins.flops(rests, request.tokens)))
+        spent = math.fsum(plan.allotted)
+        unit = count_unit(request.tokens, _UNIT)
+        for tokens in range(request.tokens - unit, math.ceil(_LEAST * request.tokens) - 1, -unit):
+            cost = math.fsum(self._price(block, tokens, request) for block in self.planner.routed)
+            if spent + maps + cost <= left * (1 + 1e-9):
+                allotted = tuple(cost if step == at else own for step, own in enumerate(plan.allotted))
+                return StalePlan(allotted, maps, rests, tokens)
+        return None
 
     def decide(
         self,
@@ -168,6 +204,10 @@ class StaleGates:
             find: block -> its residuals in this pass.
             request: of the generation.
         """
+        if plan.rests is not None and context.step == plan.rests.partial > 0:
+            known = find(block)
+            tokens = plan.tokens if known is not None and all(known.complete) else request.tokens
+            return (Decision("run", tokens),) * batch
         chosen = self._chosen
         if chosen is None or len(chosen) != batch:
             first = batch // 2 if context.branch == "both" and self.config.cfg_gates == "cond" else 0

@@ -23,6 +23,11 @@ def places(plan: RestPlan) -> Iterator[Place]:
                 yield plan, step, call
 
 
+def needs_at(plan: RestPlan) -> Iterator[Place]:
+    """Where a plan's `NeedScore`s are: in each pass of the step that runs in part."""
+    return (place for place in places(plan) if place[1] == plan.partial)
+
+
 def known_values(plan: RestPlan, step: int) -> int:
     """K at a step: what goes in, and two values for each of the last runs, of two at most."""
     return 1 + 2 * min(2, sum(run < step for run in plan.runs))
@@ -74,6 +79,27 @@ class StandInMap(nn.Module):
         return out + narrow @ self.up
 
 
+class NeedScore(nn.Module):
+    """How far off a map is expected to be for each token, up to a constant: linear in the K values.
+
+    Args:
+        known: K.
+        width: D.
+    """
+
+    def __init__(self, known: int, width: int) -> None:
+        super().__init__()
+        self.weight = _constant(known, width)
+
+    def flops(self, tokens: int) -> int:
+        """FLOPs on the tokens of one sample."""
+        return 2 * tokens * self.weight.numel()
+
+    def forward(self, values: Sequence[Tensor]) -> Tensor:
+        """Scores [B, N] in fp32 of the K values [B, N, D]."""
+        return sum((v @ weight for v, weight in zip(values, self.weight, strict=True)), values[0].new_zeros(())).float()
+
+
 def _constant(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(shape), requires_grad=False)
 
@@ -94,32 +120,52 @@ class StandInMaps(nn.Module):
     def __init__(self, config: StandIns, width: int) -> None:
         super().__init__()
         self.config, self.width = config, width
-        self.maps = nn.ModuleDict()
+        self.maps, self.needs = nn.ModuleDict(), nn.ModuleDict()
         for plan in config.plans:
             for place in places(plan):
                 self.maps[_name(place)] = StandInMap(known_values(plan, place[1]), width, config.rank)
+            for place in needs_at(plan):
+                self.needs[_name(place)] = NeedScore(known_values(plan, place[1]), width)
 
     def find(self, plan: RestPlan, step: int, call: int) -> StandInMap | None:
         """The map of a step that rests, in one pass of it; None where none was fitted."""
-        found = self._plan(plan)
-        name = "" if found is None else _name((found, step, call))
-        own = self.maps[name] if name in self.maps else None  # noqa: SIM401 - a ModuleDict has no `get`
+        own = self._of(self.maps, plan, step, call)
         assert own is None or isinstance(own, StandInMap)
         return own
 
-    def put(self, plan: RestPlan, step: int, call: int, found: StandInMap) -> None:
-        """Take over a map."""
+    def need(self, plan: RestPlan, step: int, call: int) -> NeedScore | None:
+        """What ranks tokens at a step that runs in part, in one pass of it; None where none was fitted."""
+        own = self._of(self.needs, plan, step, call)
+        assert own is None or isinstance(own, NeedScore)
+        return own
+
+    def knows(self, plan: RestPlan) -> bool:
+        """Whether something was fitted for a plan."""
+        return self._plan(plan) is not None
+
+    def put(self, plan: RestPlan, step: int, call: int, found: StandInMap, need: NeedScore | None = None) -> None:
+        """Take over a map, and what ranks tokens by how far off it is."""
         self.maps[_name((plan, step, call))].load_state_dict(found.state_dict())
+        if need is not None:
+            self.needs[_name((plan, step, call))].load_state_dict(need.state_dict())
+
+    def flops_at(self, plan: RestPlan, step: int, call: int, tokens: int) -> int:
+        """FLOPs of what was fitted for one pass of one step, for one sample; 0 where nothing was."""
+        own = (self.find(plan, step, call), self.need(plan, step, call))
+        return sum(part.flops(tokens) for part in own if part is not None)
 
     def flops(self, plan: RestPlan, tokens: int) -> list[int]:
         """FLOPs at each step of a generation, for one sample and pass: those of the maps, 0 where none stands in."""
-        return [
-            0 if own is None else own.flops(tokens) for own in (self.find(plan, step, 0) for step in range(plan.steps))
-        ]
+        return [self.flops_at(plan, step, 0, tokens) for step in range(plan.steps)]
 
     def largest(self) -> StandInMap:
         """The map of the most values."""
         return max((own for own in self.maps.values() if isinstance(own, StandInMap)), key=lambda own: own.flops(1))
+
+    def _of(self, kind: nn.ModuleDict, plan: RestPlan, step: int, call: int) -> nn.Module | None:
+        found = self._plan(plan)
+        name = "" if found is None else _name((found, step, call))
+        return kind[name] if name in kind else None  # noqa: SIM401 - a ModuleDict has no `get`
 
     def _plan(self, plan: RestPlan) -> RestPlan | None:
         return next((known for known in self.config.plans if known.like(plan)), None)
@@ -127,4 +173,5 @@ class StandInMaps(nn.Module):
 
 def _name(place: Place) -> str:
     plan, step, call = place
-    return f"{plan.steps}:{'-'.join(map(str, plan.runs))}:{step}:{call}"
+    runs = "-".join(map(str, plan.runs)) + (f"+{plan.partial}" if plan.partial else "")
+    return f"{plan.steps}:{runs}:{step}:{call}"

@@ -48,7 +48,7 @@ class Walk:
     def ends(self, step: int) -> bool:
         """Whether a run of the blocks comes next, or nothing more."""
         plan = self.routed.rests
-        return step + 1 >= plan.steps or step + 1 in plan.runs
+        return step + 1 >= plan.steps or plan.computes(step + 1)
 
 
 class CheckpointedRegions(Regions):
