@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shivelight.errors import TrainingError
+from shivelight.execution.routed import NAME
 from shivelight.files import replacing
 
 KEPT = 2
@@ -127,10 +128,12 @@ def truncate_log(path: Path, step: int, write: bool) -> list[dict[str, float]]:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Tells a model from another of its class: names, shapes and the first numbers of every parameter, where they are at hand
-    (offloaded and quantised ones count by their shapes)."""
+    """Tells a model from another of its class: names, shapes and the first numbers of every parameter but those of what is attached
+    to it, where they are at hand (offloaded and quantised ones count by their shapes)."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
+        if name.startswith(f"{NAME}."):
+            continue
         digest.update(f"{name}|{tuple(parameter.shape)}".encode())
         if type(parameter.data) is Tensor and not parameter.is_meta:
             digest.update(parameter.detach().reshape(-1)[:_TOLD_BY].float().cpu().numpy().tobytes())
