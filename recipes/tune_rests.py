@@ -21,7 +21,7 @@ from shivelight.training.tuner import TuneConfig, Tuner
 
 ADAPTERS = embedded.FEW_STEP / "adapters"
 # Budgets that are walked, iterations, dense generations to learn from.
-STAGES = (((0.52, 0.52, 0.76), 700, 1536), ((0.52,), 600, 3328), ((0.58, 0.65, 0.52), 450, 3328))
+STAGES = (((0.52, 0.52, 0.76), 700, 1536), ((0.52,), 600, 3328), ((0.56, 0.62, 0.52), 450, 3328))
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from shivelight.routing import count_unit
 
 # At a step that runs in part: tokens are a multiple of this (see `TokenRouting.granularity`), and at least this share of all.
 _UNIT = 8
-_LEAST = 0.25
+_LEAST = 0.125
 
 Find = Callable[[int], BlockResiduals | None]
 
