@@ -8,7 +8,6 @@ Prompts are captions of the training split.
 
 import argparse
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,9 +27,7 @@ FEW = ((embedded.FEW_STEPS, (0.88, 0.75, 0.65, 0.5, 0.25)), (embedded.FEW_STEPS 
 def fit(few: bool, prompts: list[str], rank: int, out: Path, device: str) -> None:
     """One adapter."""
     pipe = (embedded.load_few_step if few else embedded.load_pipeline)(device)
-    routing = sl.RoutingConfig.training_free(compute=1.0, axis="blocks")
-    assert routing.blocks is not None
-    sl.attach(pipe, replace(routing, blocks=replace(routing.blocks, partial=few)))
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks", partial=few))
     guidance = 1.0 if few else embedded.GUIDANCE
     began, said = time.perf_counter(), []
     for steps, computes in FEW if few else TEACHER:

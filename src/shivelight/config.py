@@ -391,7 +391,7 @@ class RoutingConfig:
     @classmethod
     def training_free(
         cls, keep: float = 0.6, *, compute: float | None = None, axis: Literal["tokens", "blocks", "both"] = "tokens",
-        **reuse: Any,
+        partial: bool = False, **reuse: Any,
     ) -> "RoutingConfig":  # fmt: skip
         """Routing that needs no adapter: tokens that move and blocks whose turn it is run, the rest adds its last residual.
 
@@ -399,15 +399,17 @@ class RoutingConfig:
             keep: the budget in force once attached, for tokens alone; `set_budget` changes it.
             compute: the budget as a share of the dense FLOPs instead; needed for blocks.
             axis: whether tokens, whole blocks, or both are left out.
+            partial: `BlockRouting.partial`; for blocks alone.
             reuse: fields of `Reuse`; for blocks alone, growth=2 and forecast=0.5 by default.
         """
         _one_of("axis", axis, ("tokens", "blocks", "both"))
+        _require(axis == "blocks" or not partial, f"partial is about whole blocks; give axis='blocks', not {axis!r}.")
         if axis == "blocks":
             reuse = AT_INTERVALS | reuse
         _require(axis == "tokens" or compute is not None, f"axis={axis!r} needs a budget of FLOPs: give compute=.")
         return cls(
             None if axis == "blocks" else TokenRouting(scores="drift", ratios="fixed"),
-            None if axis == "tokens" else BlockRouting(router="interval", widths=(1.0,)),
+            None if axis == "tokens" else BlockRouting(router="interval", widths=(1.0,), partial=partial),
             reuse=Reuse(**reuse),
             keep=keep if compute is None else 1.0,
             compute=compute,

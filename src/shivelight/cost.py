@@ -6,7 +6,7 @@ counts them; norms, activations and the routers themselves are not in the plan.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -44,6 +44,7 @@ class BlockCost:
         cross_width: summed width of the attentions of image tokens over text tokens.
         linear_area: summed width x (head size + 1) of the attentions whose cost is linear in the image tokens.
         both_weights: elements that are in `image_weights` and in `text_weights`, being the same.
+        completes: whether keys and values of tokens that do not run can be kept, so that they are attended to.
     """
 
     image_weights: int
@@ -57,13 +58,14 @@ class BlockCost:
     cross_width: int = 0
     linear_area: int = 0
     both_weights: int = 0
+    completes: bool = True
 
     def flops(self, tokens: int, text_tokens: int, mlp_width: float = 1.0, attended: int | None = None) -> int:
         """FLOPs of one forward pass of one sample with `tokens` image tokens and this share of the MLP's channels.
 
         The image tokens that are attended to are those that run, unless `attended` says more (keys and values reused).
         """
-        attended = tokens if attended is None else attended
+        attended = tokens if attended is None or not self.completes else attended
         image_weights, text_weights = self._token_weights(mlp_width)
         linear = 2 * (image_weights * tokens + text_weights * text_tokens + self.sample_weights)
         # Scores and weighted sum: two products of (queries x keys x width) each.
@@ -119,7 +121,10 @@ def block_cost(block: nn.Module, streams: Streams, mlp: Mlp | None = None) -> Bl
 
 def backbone_costs(model: nn.Module, spec: BackboneSpec) -> list[BlockCost]:
     """`BlockCost` of every block of a model."""
-    return [block_cost(block, kind.streams, kind.mlp) for kind, block in spec.block_list(model)]
+    return [
+        replace(block_cost(block, kind.streams, kind.mlp), completes=bool(kind.context_linears))
+        for kind, block in spec.block_list(model)
+    ]
 
 
 def step_flops(

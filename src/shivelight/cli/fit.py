@@ -35,6 +35,12 @@ def fit(
         list[float] | None, typer.Option(help="Shares of the dense FLOPs; may be repeated. 0.75 and 0.5 by default.")
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the maps between channels.")] = 32,
+    partial: Annotated[
+        bool,
+        typer.Option(
+            "--partial", help="Let what whole steps leave of a budget run some tokens at one more (8 steps and fewer)."
+        ),
+    ] = False,
     unmended: Annotated[
         float,
         typer.Option(
@@ -56,9 +62,14 @@ def fit(
     captions, budgets = read_prompts(prompts), compute or [0.75, 0.5]
     pipe = common.open_pipeline(pipeline, device, getattr(torch, dtype))
     if adapter is None:
-        sl.attach(pipe, RoutingConfig.training_free(compute=1.0, axis="blocks"))
+        sl.attach(pipe, RoutingConfig.training_free(compute=1.0, axis="blocks", partial=partial))
     else:
         sl.load_adapter(pipe, adapter)
+        blocks = routed_of(pipe).config.blocks
+        if partial and (blocks is None or not blocks.partial):
+            raise sl.AdapterError(
+                f"{adapter} was fitted without --partial; leave it out, or fit anew without --adapter."
+            )
     options = common.call_options(pipe, pipeline, size, max_sequence_length)
     common.say(f"{len(captions)} prompts, {steps} steps")
     with common.progress_bar("fitting", None) as advance:
@@ -75,7 +86,8 @@ def fit(
         table.add_column(head, no_wrap=True)
     for fitted in found:
         left = ", ".join(f"{share:.0%}" for share in fitted.left)
-        table.add_row(f"{len(fitted.plan.runs)} of {steps}", f"compute={fitted.compute:g}", left)
+        some = " and a part" if fitted.plan.partial else ""
+        table.add_row(f"{len(fitted.plan.runs)}{some} of {steps}", f"compute={fitted.compute:g}", left)
     Console(width=max(common.console.width, 80)).print(table)
     common.say(f"adapter: {out}")
     common.say(f'sl.load_adapter(pipe, "{out}"); sl.set_budget(pipe, compute={found[-1].compute:g})')
@@ -86,7 +98,7 @@ def fit(
                 method, {"compute": fitted.compute}, steps=steps, guidance=guidance, samples=len(captions),
                 planned_ratio=fitted.compute,
             )
-            | {"runs": list(fitted.plan.runs), "left": list(fitted.left)}
+            | {"runs": list(fitted.plan.runs), "partial": fitted.plan.partial, "left": list(fitted.left)}
             for fitted in found
         ]  # fmt: skip
         common.save_json(json, results)

@@ -245,9 +245,7 @@ class BlockHook(ModelHook):
             entry.refresh(images, step, texts)
         return image, text
 
-    def _run_whole(
-        self, module: nn.Module, call: BlockCall, entry: BlockResiduals
-    ) -> tuple[Tensor, Tensor | None]:
+    def _run_whole(self, module: nn.Module, call: BlockCall, entry: BlockResiduals) -> tuple[Tensor, Tensor | None]:
         """(image, text); before a step that runs in part, what its tokens will attend to is kept."""
         rests = self.routed.rests
         if not rests.partial or self.routed.context.step != max(run for run in rests.runs if run < rests.partial):

@@ -449,9 +449,10 @@ class Routed(nn.Module):
         tokens, text_tokens, cost = request.tokens, request.text_tokens, self.planner.costs[block]
         if block == self.routed[0]:
             self.spending.begin(*self.planner.dense_flops(tokens, text_tokens), len(decisions))
+        # What was fitted takes the place of tokens that do not run, all or some.
         rest = self._fitted_flops(tokens) if block == self.routed[-1] else 0
         flops = {
-            decision: rest
+            decision: (0 if decision.tokens == tokens else rest)
             + (
                 cost.flops(decision.tokens, text_tokens, decision.width, request.attended)
                 if decision.action == "run"

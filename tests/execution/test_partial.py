@@ -1,0 +1,172 @@
+"""Steps at rest at which some tokens run: what is planned, who decides, what is remembered, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from families import FAMILIES, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_inputs, walk
+
+import shivelight as sl
+from shivelight.adapter import routed_of
+from shivelight.calibration.stand_ins import fit_map, fit_need
+from shivelight.execution.stale import partial_step, run_steps
+from shivelight.training.tuner import TuneConfig, Tuner
+
+
+def partly(pipe: StableDiffusion3Pipeline, compute: float = 0.68, **reuse: Any) -> Any:
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=compute, axis="blocks", partial=True, **reuse))
+    return routed_of(pipe)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(1.0, 10.0))
+def test_it_is_the_last_step_before_a_run_that_has_any(count: int, steps: int, growth: float) -> None:
+    count = min(count, steps)
+    runs = run_steps(count, steps, steps, growth)
+    at = partial_step(runs, steps)
+    resting = [step for step in range(steps) if step not in runs]
+    assert (at == 0) == (not resting)
+    if resting:
+        assert at in resting and (at + 1 == steps or at + 1 in runs)
+        assert not [step for step in resting if step < at and step + 1 in runs]  # none of them comes earlier
+
+
+def test_what_is_left_over_is_spent_as_far_as_tokens_go(pipe: StableDiffusion3Pipeline) -> None:
+    routed = partly(pipe)
+    counts = []
+    for compute in [0.5 + 0.01 * place for place in range(26)]:
+        sl.set_budget(pipe, compute=compute)
+        walk(pipe, tiny_inputs(2), 4)
+        ratio = routed.spending.ratio
+        assert ratio == pytest.approx(sl.planned_ratio(pipe, 4)) and ratio <= compute * (1 + 1e-9)
+        counts.append(ratio)
+    assert counts == sorted(counts) and len(set(counts)) > 4
+    assert counts[0] == counts[1] == pytest.approx(0.5)  # an eighth of the tokens costs more
+    assert counts[-1] == pytest.approx(0.75)
+    # One more unit of tokens would not have fitted.
+    unit = min(after - before for before, after in zip(counts, counts[1:], strict=False) if 0.6 < before < after < 0.7)
+    assert all(0.51 + 0.01 * place - ratio < unit + 0.01 for place, ratio in enumerate(counts) if ratio > 0.55)
+    sl.set_budget(pipe, compute=0.68)
+    walk(pipe, tiny_inputs(2), 16)  # forecasts count the steps between runs
+    assert routed.spending.ratio == pytest.approx(10 / 16)
+
+
+@torch.no_grad()
+def test_the_conditional_branch_chooses_for_both_batched_or_split(pipe: StableDiffusion3Pipeline) -> None:
+    runs, kept = {}, {}
+    for split in (False, True):
+        routed = partly(pipe)
+        cond, uncond = tiny_inputs(2), tiny_inputs(2, seed=1)
+        pipe.scheduler.set_timesteps(4)
+        outputs, chosen = [], []
+
+        def watch(block: int, *_: Any) -> None:
+            if "chosen" in routed.context.memo and block == 3:  # noqa: B023
+                chosen.append(routed.context.memo["chosen"].sort(-1).values)  # noqa: B023
+
+        routed.observer = watch
+        for time in pipe.scheduler.timesteps:
+            stamp = {"timestep": time.expand(2)}
+            if split:
+                with sl.branch(pipe, "cond"):
+                    first = pipe.transformer(**cond, **stamp, return_dict=False)[0]
+                with sl.branch(pipe, "uncond"):
+                    second = pipe.transformer(**uncond, **stamp, return_dict=False)[0]
+                outputs.append(torch.cat([second, first]))
+            else:
+                both = {name: torch.cat([uncond[name], cond[name]]) for name in cond} | {"timestep": time.expand(4)}
+                with sl.branch(pipe, "both"):
+                    outputs.append(pipe.transformer(**both, return_dict=False)[0])
+            pipe.scheduler.step(outputs[-1][:2], time, outputs[-1][:2])
+        runs[split], kept[split] = torch.stack(outputs), torch.cat(chosen)
+    assert torch.equal(kept[False][:2], kept[False][2:]) and torch.equal(kept[True], kept[False])
+    torch.testing.assert_close(runs[True], runs[False], atol=2e-5, rtol=1e-4)
+
+
+def test_keys_and_values_stay_within_their_room(pipe: StableDiffusion3Pipeline) -> None:
+    routed = partly(pipe)
+    held: list[float] = []
+    routed.observer = lambda *_: held.append(routed.residuals.megabytes)
+    drawn = walk(pipe, tiny_inputs(2), 4)
+    most = max(held)
+    assert most * 1e6 > 4 * 2 * 2 * 64 * 32 * 4  # keys and values of four blocks at least
+    assert routed.residuals.megabytes == 0  # nothing outlives its generation
+    held.clear()
+    with routed.variant(reuse=replace(routed.config.reuse, max_cache_mb=0.7 * most)):
+        less = walk(pipe, tiny_inputs(2), 4)
+    assert 0 < max(held) <= 0.7 * most and routed.spending.ratio < 0.7
+    assert not torch.equal(less, drawn)  # some blocks go without
+    with routed.variant(reuse=replace(routed.config.reuse, max_cache_mb=1e-6)):
+        walk(pipe, tiny_inputs(2), 4)
+    assert routed.spending.ratio == 1.0
+
+
+def test_scores_are_the_regression_of_the_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.rand(4, 200, 5, generator=generator) for _ in range(3)]
+    weights = torch.rand(3, 5, generator=generator)
+    error = sum((value @ weight for value, weight in zip(values, weights, strict=True)), torch.zeros(()))
+    found, _ = fit_map(values, values[2], 2)  # the last output, up to rounding
+    direction = torch.nn.functional.normalize(torch.randn(4, 200, 5, generator=generator), dim=-1)
+    need = fit_need(found, values, found(values) + error[..., None] * direction)
+    torch.testing.assert_close(need.weight, weights, atol=0.02, rtol=0.02)  # what the ridge leaves
+
+
+def test_maps_of_whole_steps_come_before_tokens_that_nothing_was_fitted_for(pipe: StableDiffusion3Pipeline) -> None:
+    options = {"rank": 3, "guidance": 1.0, "max_sequence_length": 16}
+    routed = partly(pipe, 1.0)
+    (whole,) = sl.fit_stand_ins(pipe, ["a b", "c d", "e"], steps=4, computes=(0.5,), **options)
+    assert whole.plan.key == (4, (0, 2), 0)
+    sl.set_budget(pipe, compute=0.7)
+    walk(pipe, tiny_inputs(1), 4)
+    assert routed.spending.ratio < 0.6
+    (some,) = sl.fit_stand_ins(pipe, ["a b", "c d", "e"], steps=4, computes=(0.68,), **options)
+    assert some.plan.key == (4, (0, 2), 1) and len(routed.config.stand_ins.plans) == 2
+    walk(pipe, tiny_inputs(1), 4)
+    assert 0.6 < routed.spending.ratio <= 0.7
+    sl.set_budget(pipe, compute=some.compute)  # what is said to ask for
+    walk(pipe, tiny_inputs(1), 4)
+    assert routed.spending.ratio > 0.6
+
+
+def test_deltas_are_tuned_through_it_and_in_force_there(pipe: StableDiffusion3Pipeline, tmp_path: Path) -> None:
+    routed = partly(pipe, 1.0)
+    config = TuneConfig(4, (0.68,), guidance=1.0, iterations=2, batch=2, trajectories=4, rank=2, mixed_precision="no")
+    seen: list[int] = []
+    routed.observer = lambda block, *_: seen.append(routed.context.step) if block == 0 else None
+    tuner = Tuner(pipe, ["a b", "c"], config, tmp_path, max_sequence_length=16)
+    tuner.run()
+    assert {1, 3} <= set(seen) and all(record["grad_norm"] > 0 for record in tuner.history)
+    assert [plan.key for plan in routed.config.deltas.plans] == [(4, (0, 2), 1)]
+    for compute, active in ((0.68, True), (0.5, False)):
+        sl.set_budget(pipe, compute=compute)
+        walk(pipe, tiny_inputs(1), 4)
+        assert routed.folded.active is active
+
+
+def test_compiled_it_is_the_same() -> None:
+    pipe, call = build("sd3"), FAMILIES["sd3"]
+    partly(pipe)
+    eager = call(pipe, 0, 1, steps=4)
+    sl.compile(pipe, fullgraph=True)
+    torch.testing.assert_close(call(pipe, 0, 1, steps=4), eager, atol=1e-4, rtol=1e-3)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(sl.AdapterError, match="router='interval', not 'age'"):
+        sl.BlockRouting(router="age", widths=(1.0,), partial=True)
+    with pytest.raises(sl.AdapterError, match="give axis='blocks', not 'both'"):
+        sl.RoutingConfig.training_free(compute=0.5, axis="both", partial=True)
+    for partial in (2, 4, -1):
+        with pytest.raises(sl.AdapterError, match="RestPlan.partial is"):
+            sl.RestPlan(4, (0, 2), partial=partial)
+    with pytest.raises(sl.UnsupportedBackboneError, match="cannot be routed"):
+        partly(build("sana"))
