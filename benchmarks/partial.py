@@ -1,0 +1,66 @@
+"""What a step at which some tokens run costs on the clock: generations of few steps, two of which run, on a preset's shape with random
+weights, timed in turns.
+
+    python benchmarks/partial.py        # writes benchmarks/results/partial.json
+
+A part of the tokens pays where tokens are most of a step's cost. On the embedded model, at batch 1, they are not: half of them take
+over two thirds of a dense step's time.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from shivelight.backbones.presets import read_preset
+from shivelight.cli import common
+from shivelight.config import RoutingConfig
+from shivelight.evaluation.bare import BareLoop, timed_rows
+from shivelight.evaluation.comparison import OperatingPoint
+from shivelight.evaluation.results import new_results, write_results
+
+COMPUTES = (0.5, 0.56, 0.6, 0.65, 0.7, 0.75)
+
+
+def main() -> None:
+    """Time and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="sd3-cpu")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/partial.json"))
+    args = parser.parse_args()
+    common.quiet_libraries()
+    common.keep_freed_memory()
+    device = common.DEFAULT_DEVICE
+    preset = read_preset(args.shape)
+    torch.manual_seed(0)
+    model = preset.build(device=device, dtype=getattr(torch, args.dtype)).eval().requires_grad_(False)
+    loop = BareLoop(model, args.batch, preset.image_tokens, preset.text_tokens, args.steps)
+    if args.compile:
+        loop.compile()
+    points = [
+        OperatingPoint(
+            "training-free-blocks",
+            {"compute": compute},
+            loop.steps,
+            loop.attached(RoutingConfig.training_free(compute=compute, axis="blocks", partial=True)),
+        )
+        for compute in COMPUTES
+    ]
+    described = {"variant": args.shape, "image_tokens": preset.image_tokens, "text_tokens": preset.text_tokens}
+    results = new_results(device=device, backbone={"class": type(model).__name__, "of": args.shape})
+    results["rows"] = timed_rows(loop, points, args.rounds, progress=print, described=described)
+    for row in results["rows"]:
+        speedup, told = row.get("speedup"), f"{row['latency_ms']['median']:.0f} ms"
+        if speedup is not None:
+            told += f", {speedup:.3f}x of {row['planned_ratio']:.4f}: efficiency {row['efficiency']:.3f}"
+        print(row["budget"], told)
+    write_results(args.out, results)
+
+
+if __name__ == "__main__":
+    main()
