@@ -1,10 +1,10 @@
-"""What a step at which some tokens run costs on the clock: generations of few steps, two of which run, on a preset's shape with random
-weights, timed in turns.
+"""What a step at which some tokens run costs on the clock: generations of few steps, two of which run, on a preset's shape with
+random weights, timed in turns.
 
     python benchmarks/partial.py        # writes benchmarks/results/partial.json
 
-A part of the tokens pays where tokens are most of a step's cost. On the embedded model, at batch 1, they are not: half of them take
-over two thirds of a dense step's time.
+A part of the tokens pays where tokens are most of what a step costs, which on the embedded model they are not
+(`block_scaling.py`).
 """
 
 import argparse

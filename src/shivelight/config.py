@@ -199,6 +199,10 @@ class RestPlan:
         """Whether the same of as many steps run."""
         return self.key == other.key
 
+    def run_before(self, step: int) -> int:
+        """The last step before this one at which they run."""
+        return max(run for run in self.runs if run < step)
+
     def computes(self, step: int) -> bool:
         """Whether blocks run at a step, on all tokens or some."""
         return step in self.runs or step == self.partial > 0
@@ -382,6 +386,13 @@ class RoutingConfig:
     def together(self) -> bool:
         """Whether blocks only ever run or rest together."""
         return self.tokens is None and self.blocks is not None and self.blocks.router == "interval"
+
+    @property
+    def granularity(self) -> int:
+        """Kept counts of tokens are multiples of this (see `TokenRouting`); 0 where no tokens are left out."""
+        if self.tokens is not None:
+            return self.tokens.granularity
+        return TokenRouting.granularity if self.blocks is not None and self.blocks.partial else 0
 
     @property
     def closed_reuse(self) -> bool:

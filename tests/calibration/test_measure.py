@@ -18,6 +18,7 @@ from shivelight.errors import BudgetError
 from shivelight.execution.gates import Decision
 from shivelight.execution.latency_table import LatencyTable, TimeCurve
 from shivelight.execution.pricing import Load
+from shivelight.execution.reuse import OfBlock
 
 LOAD = Load(64, 7, 2, "both")
 
@@ -95,6 +96,20 @@ def test_a_map_at_rest_is_timed(pipe) -> None:  # noqa: ANN001
     table = measure_table(pipe.transformer, routed_of(pipe), LOAD, seconds=0, progress=said.append)
     assert "map" in said and table.map_ms > 0 and "the map at rest" in str(table)
     assert LatencyTable.from_dict(table.to_dict()) == table
+
+
+def test_some_tokens_of_a_step_at_rest_are_timed(pipe, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks", partial=True))
+    routed, known = routed_of(pipe), set()
+    completes = OfBlock.completes
+    monkeypatch.setattr(
+        OfBlock, "completes", lambda self, names: known.add(completes(self, names)) or completes(self, names)
+    )
+    said: list[str] = []
+    table = measure_table(pipe.transformer, routed, LOAD, seconds=0, progress=said.append)
+    assert {"dense", "never", "all 2 1", "all 32 1", "all 64 1"} <= set(said) and "routers" not in said
+    assert table.curves["all"].counts[-1] == 62 and routed.config.granularity == 8
+    assert known == {False, True}  # the tokens that run attend to the others, once these are known
 
 
 def test_what_cannot_leave_anything_out_is_refused(pipe) -> None:  # noqa: ANN001

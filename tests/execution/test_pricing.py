@@ -85,6 +85,18 @@ def test_intervals_are_predicted_by_the_steps_that_run(pipe) -> None:  # noqa: A
     assert predicted == pytest.approx((4 * 42.0 + 4 * 2.0) / 8)
 
 
+def test_a_step_in_part_takes_the_time_of_its_tokens(pipe) -> None:  # noqa: ANN001
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=0.5, axis="blocks", partial=True))
+    routed = routed_of(pipe)
+    table, budget = linear_table(routed), Budget("compute", 0.56)
+    request = routed.request(STEPS, 64, 7, budget)
+    tokens = routed.stale.plan(request, budget, routed.schedule(request).keep).tokens
+    count = len(routed.routed)
+    expected = (4 * (2.0 + 10 * count) + 3 * 2.0 + 2.0 + count * min(max(tokens, 8), 56) / 8) / 8
+    assert 8 <= tokens < 56
+    assert predicted_ms(routed, table, request, budget) == pytest.approx(expected)
+
+
 def test_maps_at_rest_take_their_time(pipe) -> None:  # noqa: ANN001
     sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks"))
     routed = routed_of(pipe)

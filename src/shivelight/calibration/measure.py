@@ -82,10 +82,11 @@ def _by_kind(routed: Routed) -> dict[str, tuple[int, ...]]:
 
 def _counts(routed: Routed, tokens: int) -> tuple[int, ...]:
     """Image tokens below all of them at which blocks are timed."""
-    if routed.config.tokens is None:
+    granularity = routed.config.granularity
+    if not granularity:
         return ()
     # Compiled blocks round to 32nds of all tokens (`shivelight.compile`).
-    unit = count_unit(tokens, routed.config.tokens.granularity) if tokens % 32 else tokens // 32
+    unit = count_unit(tokens, granularity) if tokens % 32 else tokens // 32
     counts = {unit, tokens - unit, *(unit * round(share * tokens / unit) for share in _SHARES)}
     return tuple(sorted(count for count in counts if 0 < count < tokens))
 

@@ -247,8 +247,11 @@ class BlockHook(ModelHook):
 
     def _run_whole(self, module: nn.Module, call: BlockCall, entry: BlockResiduals) -> tuple[Tensor, Tensor | None]:
         """(image, text); before a step that runs in part, what its tokens will attend to is kept."""
-        rests = self.routed.rests
-        if not rests.partial or self.routed.context.step != max(run for run in rests.runs if run < rests.partial):
+        rests, step = self.routed.rests, self.routed.context.step
+        before = (
+            step == 0 if self.routed.forced is not None else rests.partial and step == rests.run_before(rests.partial)
+        )
+        if not before:
             return self._run(module, call)
         return self._run(module, call, context=self._context_layers(module), entry=self._own_part(entry))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from shivelight.config import BlockRouting, RestPlan, Reuse
+from shivelight.config import BlockRouting, RestPlan, Reuse, TokenRouting
 from shivelight.errors import BudgetError
 from shivelight.execution.context import StepContext
 from shivelight.execution.gates import Decision
@@ -20,8 +20,7 @@ from shivelight.execution.reuse import BlockResiduals
 from shivelight.execution.stand_ins import StandInMaps
 from shivelight.routing import count_unit
 
-# At a step that runs in part: tokens are a multiple of this (see `TokenRouting.granularity`), and at least this share of all.
-_UNIT = 8
+# Share of all tokens that a step in part runs at least.
 _LEAST = 0.125
 
 Find = Callable[[int], BlockResiduals | None]
@@ -175,7 +174,7 @@ class StaleGates:
             return None  # what was fitted to whole steps is worth more
         maps = 0.0 if self.stand_ins is None else float(sum(self.stand_ins.flops(rests, request.tokens)))
         spent = math.fsum(plan.allotted)
-        unit = count_unit(request.tokens, _UNIT)
+        unit = count_unit(request.tokens, TokenRouting.granularity)
         for tokens in range(request.tokens - unit, math.ceil(_LEAST * request.tokens) - 1, -unit):
             cost = math.fsum(self._price(block, tokens, request) for block in self.planner.routed)
             if spent + maps + cost <= left * (1 + 1e-9):
