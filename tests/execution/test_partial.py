@@ -13,12 +13,14 @@ from families import FAMILIES, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_inputs, walk
+from torch import Tensor
 
 import shivelight as sl
 from shivelight.adapter import routed_of
 from shivelight.calibration.stand_ins import fit_map, fit_need
 from shivelight.execution.stale import partial_step, run_steps
 from shivelight.training.tuner import TuneConfig, Tuner
+from shivelight.training.walk import Walk
 
 
 def partly(pipe: StableDiffusion3Pipeline, compute: float = 0.68, **reuse: Any) -> Any:
@@ -134,18 +136,44 @@ def test_maps_of_whole_steps_come_before_tokens_that_nothing_was_fitted_for(pipe
     walk(pipe, tiny_inputs(1), 4)
     assert 0.6 < routed.spending.ratio <= 0.7
     sl.set_budget(pipe, compute=some.compute)  # what is said to ask for
+    entered, made, chosen = {}, {}, []
+
+    def watch(block: int, x: Tensor, out: Tensor, *_: Any) -> None:
+        step = routed.context.step
+        if block == 0:
+            entered[step] = x
+        elif block == 3:
+            made[step] = out
+            chosen.extend([routed.context.memo["chosen"]] if step == 1 else [])
+
+    routed.observer = watch
     walk(pipe, tiny_inputs(1), 4)
     assert routed.spending.ratio > 0.6
+    # Those run for which the map is expected to be furthest off.
+    scores = routed.stand_ins.need(some.plan, 1, 0)([entered[1], entered[0], made[0]])
+    assert set(chosen[0][0].tolist()) == set(scores.topk(chosen[0].shape[1]).indices[0].tolist())
 
 
 def test_deltas_are_tuned_through_it_and_in_force_there(pipe: StableDiffusion3Pipeline, tmp_path: Path) -> None:
-    routed = partly(pipe, 1.0)
     config = TuneConfig(4, (0.68,), guidance=1.0, iterations=2, batch=2, trajectories=4, rank=2, mixed_precision="no")
-    seen: list[int] = []
-    routed.observer = lambda block, *_: seen.append(routed.context.step) if block == 0 else None
-    tuner = Tuner(pipe, ["a b", "c"], config, tmp_path, max_sequence_length=16)
-    tuner.run()
-    assert {1, 3} <= set(seen) and all(record["grad_norm"] > 0 for record in tuner.history)
+    tuned = []
+    for checkpointing in (False, True):
+        routed = partly(pipe, 1.0)
+        ends: set[tuple[int, bool]] = set()
+
+        def watch(*_: Any) -> None:
+            if routed.enabled and routed.budget.value == 0.68:  # noqa: B023
+                step = routed.context.step  # noqa: B023
+                ends.add((step, Walk(routed, pipe.scheduler, torch.empty(0)).ends(step)))  # noqa: B023
+
+        routed.observer = watch
+        own = replace(config, checkpointing=checkpointing)
+        tuner = Tuner(pipe, ["a b", "c"], own, tmp_path / str(checkpointing), max_sequence_length=16)
+        tuner.run()
+        assert ends == {(0, True), (1, True), (2, False), (3, True)}  # before a run, whole or in part, and at the end
+        assert all(record["grad_norm"] > 0 for record in tuner.history)
+        tuned.append({name: delta.up.clone() for name, delta in routed.deltas.items()})
+    assert all(torch.allclose(up, tuned[1][name], atol=1e-6) for name, up in tuned[0].items())
     assert [plan.key for plan in routed.config.deltas.plans] == [(4, (0, 2), 1)]
     for compute, active in ((0.68, True), (0.5, False)):
         sl.set_budget(pipe, compute=compute)
@@ -171,3 +199,11 @@ def test_what_cannot_be_is_refused() -> None:
             sl.RestPlan(4, (0, 2), partial=partial)
     with pytest.raises(sl.UnsupportedBackboneError, match="cannot be routed"):
         partly(build("sana"))
+
+
+def test_gradients_flow_through_the_whole_generation(pipe: StableDiffusion3Pipeline) -> None:
+    partly(pipe)
+    pipe.transformer.requires_grad_(True)
+    walk(pipe, tiny_inputs(1), 4).square().mean().backward()
+    grown = pipe.transformer.transformer_blocks[1].attn.to_k.weight.grad
+    assert float(grown.abs().sum()) > 0
