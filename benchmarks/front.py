@@ -113,7 +113,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
             points = [Point(method, 1 / row["speedup"], metric.scale * row[metric.key]) for row in known]
             best = front(points, metric.higher_is_better)
             ours, style = (
-                is_ours(method) and method.startswith(("training-free", "blocks-fitted", "blocks-tuned")),
+                is_ours(method)
+                and method.startswith(("training-free", "blocks-fitted", "blocks-tuned", "blocks-part")),
                 styles[method],
             )
             place.plot(

@@ -1,5 +1,6 @@
 """Fit what stands in for the blocks at steps at rest: `demo/adapters/blocks-fitted` for the embedded pipeline at 25 and 8
-steps, and `demo/few-step/adapters/blocks-fitted` for its distilled form at 4 and 3.
+steps, and `demo/few-step/adapters/blocks-fitted` for its distilled form at 4 and 3; `blocks-part` there runs a part of the tokens
+at one more.
 
     python recipes/fit_rests.py      # no gradients
 
@@ -17,20 +18,20 @@ from shivelight.cli import common
 from shivelight.demo import pipeline as embedded
 from shivelight.demo.data import EmojiData
 
-NAME = "blocks-fitted"
+NAME, PARTIAL = "blocks-fitted", "blocks-part"
 # (steps, budgets) of each pipeline; with many steps a map has little to add to what each channel says of itself.
 TEACHER = ((8, (0.75, 0.5)), (25, (0.7, 0.5)))
-# At few steps what whole steps leave of a budget lets some tokens run.
-FEW = ((embedded.FEW_STEPS, (0.88, 0.75, 0.65, 0.5, 0.25)), (embedded.FEW_STEPS - 1, (0.67, 0.34)))
+FEW = ((embedded.FEW_STEPS, (0.75, 0.5, 0.25)), (embedded.FEW_STEPS - 1, (0.67, 0.34)))
+PART = ((embedded.FEW_STEPS, (0.88, 0.75, 0.65, 0.5, 0.25)), (embedded.FEW_STEPS - 1, (0.67, 0.34)))
 
 
-def fit(few: bool, prompts: list[str], rank: int, out: Path, device: str) -> None:
+def fit(few: bool, prompts: list[str], rank: int, out: Path, device: str, partial: bool = False) -> None:
     """One adapter."""
     pipe = (embedded.load_few_step if few else embedded.load_pipeline)(device)
-    sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks", partial=few))
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks", partial=partial))
     guidance = 1.0 if few else embedded.GUIDANCE
     began, said = time.perf_counter(), []
-    for steps, computes in FEW if few else TEACHER:
+    for steps, computes in (PART if partial else FEW) if few else TEACHER:
         for fitted in sl.fit_stand_ins(
             pipe, prompts, steps=steps, computes=computes, guidance=guidance, rank=rank,
             max_sequence_length=embedded.TEXT_TOKENS,
@@ -44,7 +45,7 @@ def fit(few: bool, prompts: list[str], rank: int, out: Path, device: str) -> Non
 
 
 def main() -> None:
-    """Fit both."""
+    """Fit all three."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--few", type=int, default=192, help="prompts for the few steps; 0 leaves them out")
     parser.add_argument("--teacher", type=int, default=48, help="prompts for the teacher; 0 leaves it out")
@@ -54,8 +55,9 @@ def main() -> None:
     captions = [str(caption) for caption in EmojiData().captions("train")]
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
     if args.few:
-        folder = embedded.FEW_STEP / "adapters" / NAME
-        fit(True, [captions[place] for place in order[: args.few]], 64, folder, args.device)
+        chosen, folder = [captions[place] for place in order[: args.few]], embedded.FEW_STEP / "adapters"
+        fit(True, chosen, 64, folder / NAME, args.device)
+        fit(True, chosen, 64, folder / PARTIAL, args.device, partial=True)
     if args.teacher:
         folder = embedded.ADAPTER.parent / NAME
         fit(False, [captions[place] for place in order[: args.teacher]], 16, folder, args.device)

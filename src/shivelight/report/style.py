@@ -41,6 +41,8 @@ KNOWN = {
     "blocks-refresh": MethodStyle(GREEN, "v"),
     "blocks-fitted": MethodStyle(BLUE, "D"),
     "blocks-tuned": MethodStyle(BLUE, "P"),
+    "blocks-part": MethodStyle(SKY, "D"),
+    "blocks-part-tuned": MethodStyle(SKY, "P"),
     "tokens+blocks": MethodStyle(PURPLE, "D"),
     "tokens+blocks-refresh": MethodStyle(PURPLE, "P"),
     "training-free": MethodStyle(VERMILION, "h"),
@@ -57,8 +59,8 @@ OTHERS = (
     MethodStyle(PURPLE, "8"),
 )
 OURS = (
-    "tokens", "blocks", "blocks-refresh", "blocks-fitted", "blocks-tuned", "tokens+blocks", "tokens+blocks-refresh",
-    "training-free", "training-free-blocks", "training-free-both",
+    "tokens", "blocks", "blocks-refresh", "blocks-fitted", "blocks-tuned", "blocks-part", "blocks-part-tuned",
+    "tokens+blocks", "tokens+blocks-refresh", "training-free", "training-free-blocks", "training-free-both",
 )  # fmt: skip
 
 
