@@ -18,6 +18,7 @@ from torch import Tensor
 import shivelight as sl
 from shivelight.adapter import routed_of
 from shivelight.calibration.stand_ins import fit_map, fit_need
+from shivelight.evaluation.standard import method_name
 from shivelight.execution.stale import partial_step, run_steps
 from shivelight.training.tuner import TuneConfig, Tuner
 from shivelight.training.walk import Walk
@@ -133,6 +134,8 @@ def test_maps_of_whole_steps_come_before_tokens_that_nothing_was_fitted_for(pipe
     assert routed.spending.ratio < 0.6
     (some,) = sl.fit_stand_ins(pipe, ["a b", "c d", "e"], steps=4, computes=(0.68,), **options)
     assert some.plan.key == (4, (0, 2), 1) and len(routed.config.stand_ins.plans) == 2
+    assert method_name(routed.config) == "blocks-part"
+    assert method_name(replace(routed.config, deltas=sl.DeltaConfig())) == "blocks-part-tuned"
     walk(pipe, tiny_inputs(1), 4)
     assert 0.6 < routed.spending.ratio <= 0.7
     sl.set_budget(pipe, compute=some.compute)  # what is said to ask for
