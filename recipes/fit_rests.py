@@ -22,7 +22,7 @@ NAME, PARTIAL = "blocks-fitted", "blocks-part"
 # (steps, budgets) of each pipeline; with many steps a map has little to add to what each channel says of itself.
 TEACHER = ((8, (0.75, 0.5)), (25, (0.7, 0.5)))
 FEW = ((embedded.FEW_STEPS, (0.75, 0.5, 0.25)), (embedded.FEW_STEPS - 1, (0.67, 0.34)))
-PART = ((embedded.FEW_STEPS, (0.88, 0.75, 0.65, 0.5, 0.25)), (embedded.FEW_STEPS - 1, (0.67, 0.34)))
+PART = ((embedded.FEW_STEPS, (0.88, 0.75, 0.65, 0.5)),)
 
 
 def fit(few: bool, prompts: list[str], rank: int, out: Path, device: str, partial: bool = False) -> None:
