@@ -7,6 +7,8 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Trans
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+import shivelight as sl
+
 TEXT_TOKENS = 16
 
 
@@ -71,6 +73,29 @@ def tiny_inputs(
 def rows(call: dict[str, Tensor], *samples: int) -> dict[str, Tensor]:
     """The inputs of some samples of a batch."""
     return {name: value[list(samples)] for name, value in call.items()}
+
+
+@torch.no_grad()
+def guided_walk(pipe: StableDiffusion3Pipeline, steps: int, split: bool) -> Tensor:
+    """What the transformer gives at each step [T, 4, C, H, W], two unconditional samples before two conditional ones: in one batch,
+    or in two calls, the conditional one first."""
+    cond, uncond = tiny_inputs(2), tiny_inputs(2, seed=1)
+    pipe.scheduler.set_timesteps(steps)
+    outputs = []
+    for time in pipe.scheduler.timesteps:
+        stamp = {"timestep": time.expand(2)}
+        if split:
+            with sl.branch(pipe, "cond"):
+                first = pipe.transformer(**cond, **stamp, return_dict=False)[0]
+            with sl.branch(pipe, "uncond"):
+                second = pipe.transformer(**uncond, **stamp, return_dict=False)[0]
+            outputs.append(torch.cat([second, first]))
+        else:
+            both = {name: torch.cat([uncond[name], cond[name]]) for name in cond} | {"timestep": time.expand(4)}
+            with sl.branch(pipe, "both"):
+                outputs.append(pipe.transformer(**both, return_dict=False)[0])
+        pipe.scheduler.step(outputs[-1][:2], time, outputs[-1][:2])
+    return torch.stack(outputs)
 
 
 @torch.no_grad()

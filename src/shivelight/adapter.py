@@ -42,8 +42,7 @@ def prepare(model: Any, config: RoutingConfig, pipeline: Any | None = None) -> R
     pipeline = own if pipeline is None else pipeline
     spec = find_spec(backbone)
     refuse_unsupported(backbone)
-    partial = config.blocks is not None and config.blocks.partial
-    if (config.tokens is not None or partial) and spec.no_tokens:
+    if config.granularity and spec.no_tokens:
         raise UnsupportedBackboneError(
             f"The tokens of a {type(backbone).__name__} cannot be routed. {spec.no_tokens} Route its blocks: "
             "RoutingConfig(tokens=None, blocks=BlockRouting())."

@@ -199,9 +199,9 @@ class RestPlan:
         """Whether the same of as many steps run."""
         return self.key == other.key
 
-    def run_before(self, step: int) -> int:
-        """The last step before this one at which they run."""
-        return max(run for run in self.runs if run < step)
+    def feeds_part(self, step: int) -> bool:
+        """Whether the step that runs in part attends to what this one computes: the last run before it."""
+        return self.partial > 0 and step == max(run for run in self.runs if run < self.partial)
 
     def computes(self, step: int) -> bool:
         """Whether blocks run at a step, on all tokens or some."""
@@ -371,6 +371,12 @@ class RoutingConfig:
             f"RoutingConfig.compute is {self.compute!r}; give a share of the dense FLOPs in (0, 1], and no keep beside it.",
         )
 
+        _require(
+            self.blocks is None
+            or not self.blocks.partial
+            or (self.together and self.reuse is not None and self.reuse.whole == "output"),
+            "BlockRouting.partial is about steps at which all blocks rest: give tokens=None and reuse=Reuse(whole='output').",
+        )
         _require(
             self.deltas is None or not self.deltas.plans or self.together,
             "DeltaConfig.plans is about steps at which all blocks rest: give blocks=BlockRouting(router='interval', "

@@ -12,7 +12,7 @@ from diffusers import StableDiffusion3Pipeline
 from families import FAMILIES, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_inputs, walk
+from tiny import guided_walk, tiny_inputs, walk
 from torch import Tensor
 
 import shivelight as sl
@@ -67,29 +67,15 @@ def test_the_conditional_branch_chooses_for_both_batched_or_split(pipe: StableDi
     runs, kept = {}, {}
     for split in (False, True):
         routed = partly(pipe)
-        cond, uncond = tiny_inputs(2), tiny_inputs(2, seed=1)
-        pipe.scheduler.set_timesteps(4)
-        outputs, chosen = [], []
+        chosen: list[Tensor] = []
 
         def watch(block: int, *_: Any) -> None:
             if "chosen" in routed.context.memo and block == 3:  # noqa: B023
                 chosen.append(routed.context.memo["chosen"].sort(-1).values)  # noqa: B023
 
         routed.observer = watch
-        for time in pipe.scheduler.timesteps:
-            stamp = {"timestep": time.expand(2)}
-            if split:
-                with sl.branch(pipe, "cond"):
-                    first = pipe.transformer(**cond, **stamp, return_dict=False)[0]
-                with sl.branch(pipe, "uncond"):
-                    second = pipe.transformer(**uncond, **stamp, return_dict=False)[0]
-                outputs.append(torch.cat([second, first]))
-            else:
-                both = {name: torch.cat([uncond[name], cond[name]]) for name in cond} | {"timestep": time.expand(4)}
-                with sl.branch(pipe, "both"):
-                    outputs.append(pipe.transformer(**both, return_dict=False)[0])
-            pipe.scheduler.step(outputs[-1][:2], time, outputs[-1][:2])
-        runs[split], kept[split] = torch.stack(outputs), torch.cat(chosen)
+        runs[split] = guided_walk(pipe, 4, split)
+        kept[split] = torch.cat(chosen)
     assert torch.equal(kept[False][:2], kept[False][2:]) and torch.equal(kept[True], kept[False])
     torch.testing.assert_close(runs[True], runs[False], atol=2e-5, rtol=1e-4)
 
@@ -197,6 +183,10 @@ def test_what_cannot_be_is_refused() -> None:
         sl.BlockRouting(router="age", widths=(1.0,), partial=True)
     with pytest.raises(sl.AdapterError, match="give axis='blocks', not 'both'"):
         sl.RoutingConfig.training_free(compute=0.5, axis="both", partial=True)
+    blocks = sl.BlockRouting(router="interval", widths=(1.0,), partial=True)
+    for tokens, reuse in ((sl.TokenRouting(), sl.Reuse()), (None, sl.Reuse(whole="residual"))):
+        with pytest.raises(sl.AdapterError, match="BlockRouting.partial is about steps"):
+            sl.RoutingConfig(tokens, blocks, reuse=reuse, compute=0.5)
     for partial in (2, 4, -1):
         with pytest.raises(sl.AdapterError, match="RestPlan.partial is"):
             sl.RestPlan(4, (0, 2), partial=partial)

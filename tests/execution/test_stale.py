@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_inputs, walk
+from tiny import guided_walk, tiny_inputs, walk
 from torch import Tensor
 
 import shivelight as sl
@@ -249,9 +249,7 @@ def test_the_conditional_branch_decides_for_both_batched_or_split(pipe: StableDi
     runs = {}
     for split in (False, True):
         routed = free(pipe, 0.55, warmup=0.05)
-        cond, uncond = tiny_inputs(2), tiny_inputs(2, seed=1)
-        pipe.scheduler.set_timesteps(16)
-        outputs, decided = [], []
+        decided = []
         decide = routed.decide
 
         def noting(block: int, x: Tensor, text: Tensor | None, text_tokens: int) -> Any:
@@ -260,20 +258,7 @@ def test_the_conditional_branch_decides_for_both_batched_or_split(pipe: StableDi
             return parts
 
         routed.decide = noting
-        for time in pipe.scheduler.timesteps:
-            stamp = {"timestep": time.expand(2)}
-            if split:
-                with sl.branch(pipe, "cond"):
-                    first = pipe.transformer(**cond, **stamp, return_dict=False)[0]
-                with sl.branch(pipe, "uncond"):
-                    second = pipe.transformer(**uncond, **stamp, return_dict=False)[0]
-                outputs.append(torch.cat([second, first]))
-            else:
-                both = {name: torch.cat([uncond[name], cond[name]]) for name in cond} | {"timestep": time.expand(4)}
-                with sl.branch(pipe, "both"):
-                    outputs.append(pipe.transformer(**both, return_dict=False)[0])
-            pipe.scheduler.step(outputs[-1][:2], time, outputs[-1][:2])
-        runs[split] = torch.stack(outputs)
+        runs[split] = guided_walk(pipe, 16, split)
         halves = zip(decided[::2], decided[1::2], strict=True) if split else ((p[:2], p[2:]) for p in decided)
         assert split or all(first == second for first, second in halves)
         assert routed.spending.actions["reuse"] > 0

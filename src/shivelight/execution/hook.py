@@ -142,8 +142,7 @@ class BlockHook(ModelHook):
         """The projections whose last outputs stand for the tokens that are left out: only where tokens are, of a block that
         runs, is there anything to complete."""
         config = self.routed.config
-        some = config.tokens is not None or (config.blocks is not None and config.blocks.partial)
-        keeps = config.reuse is not None and config.reuse.context and some
+        keeps = config.reuse is not None and config.reuse.context and config.granularity
         return self.kind.context_layers(module) if keeps else {}
 
     def _combines_both(self) -> bool:
@@ -247,11 +246,10 @@ class BlockHook(ModelHook):
 
     def _run_whole(self, module: nn.Module, call: BlockCall, entry: BlockResiduals) -> tuple[Tensor, Tensor | None]:
         """(image, text); before a step that runs in part, what its tokens will attend to is kept."""
-        rests, step = self.routed.rests, self.routed.context.step
-        before = (
-            step == 0 if self.routed.forced is not None else rests.partial and step == rests.run_before(rests.partial)
-        )
-        if not before:
+        step = self.routed.context.step
+        # While blocks are timed there is no plan: the first pass computes what the others use.
+        feeds = step == 0 if self.routed.forced is not None else self.routed.rests.feeds_part(step)
+        if not feeds:
             return self._run(module, call)
         return self._run(module, call, context=self._context_layers(module), entry=self._own_part(entry))
 

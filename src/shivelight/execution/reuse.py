@@ -234,7 +234,7 @@ class OfBlock:
     def lend(self, names: Iterable[str], indices: Tensor | None) -> dict[str, Loan]:
         """As `BlockResiduals.lend`; with gradients, nothing is changed in place."""
         if indices is None:
-            return {name: Recording(self.entry.image.last.shape[1]) for name in names}
+            return self.entry.lend(names, None)
         held = {name: self.entry.projections.get(self._named(name)) for name in names}
         in_place = not torch.is_grad_enabled()
         return {name: Completing(own, indices, in_place) for name, own in held.items() if own is not None}
