@@ -142,7 +142,7 @@ def compile_blocks(backbone: nn.Module, routed: Routed, regions: CompiledRegions
 def _cover_unrouted(backbone: nn.Module, routed: Routed) -> None:
     for index, (kind, block) in enumerate(routed.spec.block_list(backbone)):
         if index not in routed.routed and _registry_hook(block) is None:
-            _register(block, WholeHook(routed, kind))
+            _register(block, WholeHook(routed, index, kind))
 
 
 def _registry_hook(module: nn.Module) -> ModelHook | None:

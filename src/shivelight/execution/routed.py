@@ -25,7 +25,7 @@ from shivelight.execution.scoring import TokenScorer
 from shivelight.execution.sessions import GateSession, Observer, RestSession, Session
 from shivelight.execution.settling import Settling
 from shivelight.execution.stale import StaleGates, StalePlan
-from shivelight.execution.stand_ins import NeedScore, StandInMap, StandInMaps, values_of
+from shivelight.execution.stand_ins import StandInMaps
 from shivelight.routing import RatioPolicy, Schedule, TokenRouter
 
 NAME = "shivelight"
@@ -401,31 +401,14 @@ class Routed(nn.Module):
         return plan.rests
 
     @property
-    def _fitted(self) -> StandInMaps | None:
+    def fitted(self) -> StandInMaps | None:
         """What was fitted, where this generation pays for it."""
         plan = None if self.stand_ins is None else self._asked(*self.shape)[2]
         return self.stand_ins if isinstance(plan, StalePlan) and plan.stand_ins else None
 
-    def stand_in(self) -> StandInMap | None:
-        """The map that was fitted for this pass; None where the last output, or its forecast, stands in."""
-        fitted = self._fitted
-        return None if fitted is None else fitted.find(self.rests, self.context.step, self.context.call)
-
-    def need(self) -> NeedScore | None:
-        """What was fitted to rank tokens in this pass; None where nothing was."""
-        fitted = self._fitted
-        return None if fitted is None else fitted.need(self.rests, self.context.step, self.context.call)
-
     def _fitted_flops(self, tokens: int) -> int:
-        fitted = self._fitted
+        fitted = self.fitted
         return 0 if fitted is None else fitted.flops_at(self.rests, self.context.step, self.context.call, tokens)
-
-    def last_run(self, x: Tensor, samples: slice) -> tuple[Tensor, list[Tensor]]:
-        """Where all blocks rest together: the last output [b, N, D] of the chosen samples, whose x [b, N, D] goes in now, and the
-        values [b, N, D] that maps are fitted to, none where nothing was remembered."""
-        entry = self.residuals.held((self.context.call, -1))
-        history = [(entered[samples], out[samples]) for entered, out in entry.history()]
-        return entry.image.last[samples], values_of(x, history) if history else []
 
     def _place(self, block: int, text: Tensor | None) -> tuple[tuple[int, int], Tensor | None]:
         """Where the residuals of a block in this pass are kept, and the text tokens that are among them."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from shivelight.errors import ShivelightError
+
 if TYPE_CHECKING:
     from shivelight.execution.routed import Routed
+
+# Scores [b, N] of x [b, N, D], which are these samples of a batch.
+Ranking = Callable[[Tensor, slice], Tensor]
 
 _FIRST = 1e4  # far above any router's score
 
@@ -34,8 +40,7 @@ class TokenScorer:
             samples: of the batch.
         """
         tokens = routed.config.tokens
-        if tokens is None:
-            return self._needed(routed, x, samples)
+        assert tokens is not None
         if tokens.scores == "norm":
             return torch.linalg.vector_norm(x.float(), dim=-1)
         if tokens.scores == "random":
@@ -74,16 +79,6 @@ class TokenScorer:
         # What may not be reused any more is computed anew first, in the router's own order.
         return torch.where(expired, scores + _FIRST, scores)
 
-    @staticmethod
-    def _needed(routed: Routed, x: Tensor, samples: slice) -> Tensor:
-        """At a step at which all blocks run on some tokens: how far off what stands in is, as fitted; else how much the last output
-        differs from token to token, since what is alike changes alike."""
-        last, values = routed.last_run(x, samples)
-        need = routed.need()
-        if need is not None and len(values) == len(need.weight):
-            return need(values)
-        return torch.linalg.vector_norm((last - last.mean(1, keepdim=True)).float(), dim=-1)
-
     def _random(self, routed: Routed, block: int, x: Tensor) -> Tensor:
         """The same random ranking for every sample, drawn from (seed, step, block), so that batching changes nothing."""
         key = (block, routed.context.step, x.shape[1])
@@ -92,3 +87,39 @@ class TokenScorer:
             generator = torch.Generator().manual_seed(hash((seed, *key)) % 2**31)
             self._drawn[key] = torch.rand(x.shape[1], generator=generator)
         return self._drawn[key].to(x.device).expand(x.shape[0], -1)
+
+
+def paired_scores(routed: Routed, block: int, x: Tensor, rank: Ranking) -> Tensor:
+    """Scores [B, N] of x [B, N, D], where guidance pairs passes or halves of a batch with one ranking for both.
+
+    Args:
+        routed: the state of the backbone, in the middle of a pass.
+        block: its index.
+        x: [B, N, D].
+        rank: scores the chosen samples of the batch.
+    """
+    context, tokens = routed.context, routed.config.tokens
+    both = tokens is not None and tokens.cfg_scores == "max"
+    if context.branch == "single":
+        return rank(x, slice(None))
+    if context.branch == "both":
+        half = x.shape[0] // 2
+        if both:
+            scores = rank(x, slice(None))
+            scores = torch.maximum(scores[:half], scores[half:])
+        else:
+            scores = rank(x[half:], slice(half, None))
+        return torch.cat([scores, scores])
+    if both:
+        raise ShivelightError(
+            "cfg_scores='max' needs both guidance branches in one batch, but here they are separate calls. Use "
+            "cfg_scores='cond'."
+        )
+    if context.branch == "cond":
+        context.choices[block] = rank(x, slice(None))
+    elif block not in context.choices:
+        raise ShivelightError(
+            "The unconditional pass came before the conditional one of its step; with cfg_scores='cond' the "
+            "conditional branch chooses for both. Run it first, under shivelight.branch(model, 'cond')."
+        )
+    return context.choices[block]
