@@ -9,10 +9,8 @@ CUDA allocator, or on a CPU of the tensors that live at once (what kernels take 
 """
 
 import argparse
-import gc
 import math
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import linear_regression
 from typing import Any
@@ -20,13 +18,11 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel
 from matplotlib.figure import Figure
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from shivelight.cli import common
 from shivelight.evaluation.bare import BareLoop, bare_points, timed_rows
 from shivelight.evaluation.results import new_results, read_results, write_results
+from shivelight.measurement.memory import working_memory_mb
 
 TEXT = 64
 BASE = {"tokens": 1024, "blocks": 4, "batch": 1, "steps": 4}
@@ -98,55 +94,6 @@ def measure(axis: str, value: int, width: int, rounds: int, device: str) -> list
         with state():
             row["working_memory_mb"] = working_memory_mb(loop, device)
     return rows
-
-
-def working_memory_mb(run: Callable[[], object], device: str) -> float:
-    """What a run needs beyond what is there before it, in units of 1e6 bytes."""
-    gc.collect()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    with LiveTensors() as live:
-        run()
-    return live.most / 1e6
-
-
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of tensors that operators make, while they live; what a kernel takes for itself is not among them.
-
-    Attributes:
-        most: bytes that lived at once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most = self._now = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The operator as it is."""
-        made = func(*args, **(kwargs or {}))
-        given = {
-            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
-        }
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given | self._known:
-                self._see(tensor.untyped_storage())
-        return made
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        self._known.add(storage._cdata)
-        self._now += storage.nbytes()
-        self.most = max(self.most, self._now)
-        weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-
-    def _gone(self, name: int, size: int) -> None:
-        self._known.discard(name)
-        self._now -= size
 
 
 def exponents(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, float]:

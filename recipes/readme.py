@@ -64,6 +64,8 @@ COLUMNS = {
     "of its weights": ("share_of_parameters", "{:.2%}", 1),
     "time over dense fine-tuning's": ("ratio", "{:.2f}", 1),
     "all rounds together": ("total_ratio", "{:.2f}", 1),
+    "memory, MB": ("working_memory_mb", "{:.0f}", 1),
+    "memory over dense fine-tuning's": ("memory_ratio", "{:.2f}", 1),
     "predicted": ("predicted", "{:.2f}", 1),
     "held (1: within 3% or the spread)": ("held", "{:.0f}", 1),
     "operators of a step": ("operators", "{:.0f}", 1),

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from shivelight.errors import ShivelightError
-from shivelight.measurement.latency import ModuleClock, Timings, interleave, peak_memory_mb, synchronize
+from shivelight.measurement.latency import ModuleClock, Timings, interleave, synchronize
+from shivelight.measurement.memory import peak_memory_mb
 
 
 def test_methods_take_turns_and_warmup_is_not_counted():

@@ -23,7 +23,8 @@ from shivelight.evaluation.comparison import OperatingPoint
 from shivelight.evaluation.results import new_row
 from shivelight.execution.attachment import compile_blocks
 from shivelight.execution.compiled import CompiledRegions, Lengths
-from shivelight.measurement.latency import interleave, peak_memory_mb, synchronize
+from shivelight.measurement.latency import interleave, synchronize
+from shivelight.measurement.memory import peak_memory_mb
 
 
 class BareLoop:

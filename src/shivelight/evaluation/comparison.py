@@ -25,7 +25,8 @@ from shivelight.evaluation.results import new_row
 from shivelight.execution.folding import Delta, FoldedWeights
 from shivelight.execution.planning import Budget
 from shivelight.execution.routed import Routed
-from shivelight.measurement.latency import ModuleClock, Timings, interleave, peak_memory_mb, synchronize
+from shivelight.measurement.latency import ModuleClock, Timings, interleave, synchronize
+from shivelight.measurement.memory import peak_memory_mb
 from shivelight.pipelines import any_caption, draw
 
 Progress = Callable[[str], None]

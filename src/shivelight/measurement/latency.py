@@ -162,15 +162,3 @@ def _interleave(
         if collecting:
             gc.enable()
     return timings
-
-
-def peak_memory_mb(run: Callable[[], object], device: torch.device | str) -> float | None:
-    """The most CUDA memory in use during `run`, weights included, in 10^6 bytes; None on a CPU."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / 1e6
