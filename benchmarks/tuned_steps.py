@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from family_quality import FEWEST, judge
+from torch import Tensor
 
 import shivelight as sl
 from shivelight.adapter_files import read_adapter, read_deltas
@@ -50,6 +51,8 @@ class EveryStep(Walk):
 class FewerSteps(Tuner):
     """Tunes deltas along `RUNS` alone, towards the latents that the dense generation has before the next of them."""
 
+    walks = EveryStep
+
     def _draw(self, call: Callable[..., Any], chosen: Sequence[int]) -> None:
         if call is self.pipe:
             super()._draw(call, chosen)
@@ -59,9 +62,9 @@ class FewerSteps(Tuner):
         with only(self.pipe.scheduler, self.config.steps, RUNS):
             draw(self.pipe, captions, seeds, len(RUNS), self.config.guidance, call=call, **self.options)
 
-    def _walk(self, chosen: Sequence[int]) -> Walk:
+    def _wanted(self, chosen: Sequence[int]) -> Tensor:
         ends = [run - 1 for run in (*RUNS[1:], self.config.steps)]
-        return EveryStep(self.routed, self.pipe.scheduler, self.trajectories.get(chosen)[ends])
+        return super()._wanted(chosen)[ends]
 
 
 def prompts() -> list[str]:

@@ -39,8 +39,9 @@ def test_after_a_fit_and_gone_on_with(run, pipe, small: tuple, tmp_path: Path) -
 
 def test_without_a_fit(run, small: tuple, tmp_path: Path) -> None:  # noqa: ANN001
     few = ("--batch", 1, "--trajectories", 1, "--iterations", 1, "--out", tmp_path / "out")
-    code, said, error = run("tune", *small, *few)
+    code, said, error = run("tune", *small, *few, "--adversarial", 0.5)
     assert code == 0 and "compute (0.5,)" in said, error
+    assert "told_apart" in (tmp_path / "out" / "losses.jsonl").read_text()
     code, _, error = run("tune", *small, *few, "--compute", 1.5)
     assert code == 1 and "give shares of the dense FLOPs" in error
     code, _, error = run("tune", *small, *few[:-1], tmp_path / "none", "--compute", 0.1)

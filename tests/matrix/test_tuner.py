@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from families import FAMILIES, build
 from matrix_help import free
@@ -14,7 +15,8 @@ from shivelight.adapter import routed_of
 from shivelight.training.tuner import TuneConfig, Tuner
 
 
-def test_every_run_is_tuned_and_dense_stays(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adversarial", [0.0, 0.5])
+def test_every_run_is_tuned_and_dense_stays(name: str, tmp_path: Path, adversarial: float) -> None:
     pipe, call = build(name), FAMILIES[name]
     dense = call(pipe, 0)
 
@@ -30,8 +32,9 @@ def test_every_run_is_tuned_and_dense_stays(name: str, tmp_path: Path) -> None:
 
     free(pipe, 1.0)
     config = TuneConfig(
-        6, (0.5,), iterations=2, batch=2, trajectories=2, rank=2, warmup=0, lr=1e-2, mixed_precision="no"
-    )
+        6, (0.5,), iterations=2, batch=2, trajectories=2, rank=2, warmup=0, lr=1e-2, mixed_precision="no",
+        adversarial=adversarial,
+    )  # fmt: skip
     tuner = Tuner(pipe, (), config, tmp_path, generate=generate)
     made = tuner.run()
     # Nothing comes of what the last block makes of the text; all else has learned.

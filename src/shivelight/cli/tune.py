@@ -42,6 +42,10 @@ def tune(
     mixed_precision: Annotated[
         Literal["no", "bf16"], typer.Option(help="Precision of the passes.")
     ] = _DEFAULT.mixed_precision,
+    adversarial: Annotated[
+        float,
+        typer.Option(min=0, help="Weight of not being told apart from dense generations, for texture; 2 is a start."),
+    ] = _DEFAULT.adversarial,
     checkpointing: Annotated[bool, typer.Option(help="Save memory: blocks run again in the backward pass.")] = False,
     dtype: common.PrecisionOption = "float32",
     size: common.SizeOption = None,
@@ -63,7 +67,7 @@ def tune(
     computes = tuple(compute or fitted_computes(routed_of(pipe), steps) or (0.5,))
     config = TuneConfig(
         steps, computes, guidance, iterations, batch, trajectories, rank, lr, mixed_precision=mixed_precision,
-        checkpointing=checkpointing, seed=seed,
+        adversarial=adversarial, checkpointing=checkpointing, seed=seed,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     options = common.call_options(pipe, pipeline, size, max_sequence_length)

@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from shivelight.adapter import backbone_of, routed_of
 from shivelight.adapter_files import save_adapter
@@ -28,6 +29,7 @@ from shivelight.execution.routed import Routed
 from shivelight.pipelines import draw
 from shivelight.training import checkpoints
 from shivelight.training.deltas import LiveDeltas
+from shivelight.training.discriminator import Discriminator
 from shivelight.training.trajectories import Trajectories
 from shivelight.training.walk import CheckpointedRegions, Walk, recording, watched
 
@@ -50,6 +52,9 @@ class TuneConfig:
         warmup: iterations.
         max_grad_norm: gradients are clipped to it.
         mixed_precision: "bf16" runs what autocast allows in it, while deltas and optimiser stay fp32.
+        adversarial: weight of not being told apart from dense generations (`training/discriminator.py`): the length of its
+            gradient at the last latents, over that of the mean square's. 0 leaves it out.
+        discriminator_lr: peak learning rate of what tells them apart.
         checkpointing: blocks run a second time in the backward pass, for memory.
         seed: of the first trajectory's noise; keep it apart from those that judge.
         checkpoint_every: iterations.
@@ -66,6 +71,8 @@ class TuneConfig:
     warmup: int = 20
     max_grad_norm: float = 1.0
     mixed_precision: Literal["no", "bf16"] = "bf16"
+    adversarial: float = 0.0
+    discriminator_lr: float = 1e-3
     checkpointing: bool = False
     seed: int = 6_000_000
     checkpoint_every: int = 100
@@ -77,8 +84,10 @@ class TuneConfig:
                 raise TrainingError(f"{name} is {getattr(self, name)}; give at least {fewest}.")
         if not self.computes or not all(0 < compute <= 1 for compute in self.computes):
             raise TrainingError(f"computes is {self.computes}; give shares of the dense FLOPs, such as (0.5,).")
-        if not (0 < self.lr < math.inf and self.warmup >= 0 and self.max_grad_norm > 0):
-            raise TrainingError("lr and max_grad_norm are positive numbers, warmup at least 0.")
+        if not (0 < self.lr < math.inf and 0 < self.discriminator_lr < math.inf and self.max_grad_norm > 0):
+            raise TrainingError("lr, discriminator_lr and max_grad_norm are positive numbers.")
+        if not (0 <= self.adversarial < math.inf and self.warmup >= 0):
+            raise TrainingError("adversarial and warmup are at least 0.")
 
 
 class Tuner:
@@ -96,6 +105,9 @@ class Tuner:
     Raises:
         TrainingError: no steps can rest, or the pipeline's call cannot record gradients.
     """
+
+    # How generations are followed.
+    walks: type[Walk] = Walk
 
     def __init__(
         self,
@@ -122,6 +134,7 @@ class Tuner:
         self._dense_identity = self._identify_dense()
         self.trajectories = Trajectories(out / "trajectories", self._dense_identity)
         self.step = 0
+        self._discriminator: Discriminator | None = None
         self.history: list[dict[str, float]] = []
 
     @property
@@ -149,11 +162,18 @@ class Tuner:
             live = LiveDeltas(backbone, routed.spec, deltas, tuned)
             parameters = dict(live.named_parameters())
             optimizer = torch.optim.AdamW(parameters.values(), self.config.lr, (0.9, 0.99), weight_decay=0.0)
+            rates = [self.config.lr]
+            if self.config.adversarial:
+                self._discriminator = Discriminator(backbone, routed, live, self.pipe.scheduler)
+                heads = dict(self._discriminator.named_parameters())
+                optimizer.add_param_group({"params": list(heads.values()), "betas": (0.0, 0.99)})
+                parameters |= {f"discriminator.{name}": parameter for name, parameter in heads.items()}
+                rates.append(self.config.discriminator_lr)
             routed.regions = CheckpointedRegions() if self.config.checkpointing else Regions()
             try:
                 self._resume(parameters, optimizer)
                 while self.step < last:
-                    self._log(self._iterate(optimizer), on_step)
+                    self._log(self._iterate(optimizer, rates), on_step)
                     if self.step % self.config.checkpoint_every == 0 or self.step == last:
                         self._save(parameters, optimizer)
                 tuned, known = live.extract(), deltas
@@ -201,35 +221,49 @@ class Tuner:
         seeds = [self.config.seed + place for place in chosen]
         draw(self.pipe, captions, seeds, self.config.steps, self.config.guidance, call=call, **self.options)
 
-    def _iterate(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """One optimiser step; returns what is logged."""
+    def _iterate(self, optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> dict[str, float]:
+        """One optimiser step at these peak rates of its groups; returns what is logged."""
         began, config = time.perf_counter(), self.config
         generator = torch.Generator().manual_seed(config.seed + self.step)
         chosen = torch.randint(config.trajectories, (config.batch,), generator=generator).tolist()
         compute = config.computes[self.step % len(config.computes)]
         set_budget(self.pipe, compute=compute)
-        walk = self._walk(chosen)
-        device = next(self.backbone.parameters()).device.type
-        bf16 = torch.autocast(device, torch.bfloat16) if config.mixed_precision == "bf16" else nullcontext()
-        with torch.enable_grad(), bf16, watched(self.pipe.scheduler, walk):
+        walk = self.walks(self.routed, self.pipe.scheduler, self._wanted(chosen), self._discriminator is not None)
+        listening = nullcontext() if self._discriminator is None else self._discriminator.listening()
+        with torch.enable_grad(), self._autocast(), watched(self.pipe.scheduler, walk), listening:
             self._generate(recording(self.pipe), chosen)
+        told = {} if self._discriminator is None else self._oppose(self._discriminator, walk, generator)
         loss = sum(walk.losses)
         if not walk.losses or not math.isfinite(loss):
             raise TrainingError(
                 f"The loss became {loss} in iteration {self.step}. Go on from the last checkpoint with a lower learning rate, or "
                 "check the backbone's precision."
             )
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
         left = 1 - self.step / config.iterations
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(left, (self.step + 1) / max(1, config.warmup))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * min(left, (self.step + 1) / max(1, config.warmup))
+        norms = [float(clip_grad_norm_(group["params"], config.max_grad_norm)) for group in optimizer.param_groups]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.step += 1
         seconds = time.perf_counter() - began
-        return {"step": self.step, "compute": compute, "loss": loss, "last": walk.losses[-1], "grad_norm": norm,
+        return {"step": self.step, "compute": compute, "loss": loss, "last": walk.losses[-1], "grad_norm": norms[0], **told,
                 "seconds": seconds}  # fmt: skip
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        device = next(self.backbone.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16) if self.config.mixed_precision == "bf16" else nullcontext()
+
+    def _oppose(self, discriminator: Discriminator, walk: Walk, generator: torch.Generator) -> dict[str, float]:
+        """Go backward from the end of a walk: towards the dense one's latents, and to where it is not told apart."""
+        assert walk.end is not None
+        wanted = walk.wanted[-1].to(walk.end.device)
+        with self._autocast():
+            verdict = discriminator.judge(walk.end, wanted, generator)
+        missed = 2 * (walk.end.detach().float() - wanted) / wanted.numel()
+        slope = missed + self.config.adversarial * missed.norm() * verdict.gradient
+        walk.end.backward(slope.to(walk.end.dtype))
+        return {"told_apart": verdict.told_apart}
 
     def _plans(self) -> tuple[RestPlan, ...]:
         """The generations that are walked: deltas are in force under no others."""
@@ -252,8 +286,9 @@ class Tuner:
             self.routed.reset()
         return tuple(found)
 
-    def _walk(self, chosen: Sequence[int]) -> Walk:
-        return Walk(self.routed, self.pipe.scheduler, self.trajectories.get(chosen))
+    def _wanted(self, chosen: Sequence[int]) -> Tensor:
+        """Latents [T, B, ...] of dense generations after each model call of those that are walked."""
+        return self.trajectories.get(chosen)
 
     def _identify_dense(self) -> dict[str, Any]:
         """What dense generations depend on: settings of the training may change, and they stay."""
@@ -271,6 +306,8 @@ class Tuner:
         """What must be the same for a run to go on."""
         settings = asdict(self.config) | {"computes": list(self.config.computes)}
         del settings["checkpoint_every"], settings["checkpointing"]
+        if not self.config.adversarial:
+            del settings["adversarial"], settings["discriminator_lr"]
         routing = replace(self.routed.config, deltas=None, compute=None, keep=1.0).to_dict()
         return self._dense_identity | {"tune": settings, "routing": routing}
 

@@ -20,11 +20,13 @@ class Walk:
         routed: state of the backbone.
         scheduler: of the pipeline.
         wanted: latents [T, B, ...] of the dense generations after each model call.
+        keeps_end: the last latents are kept with their graph in `end`, for the caller to go backward from.
     """
 
-    def __init__(self, routed: Routed, scheduler: Any, wanted: Tensor) -> None:
-        self.routed, self.scheduler, self.wanted = routed, scheduler, wanted
+    def __init__(self, routed: Routed, scheduler: Any, wanted: Tensor, keeps_end: bool = False) -> None:
+        self.routed, self.scheduler, self.wanted, self.keeps_end = routed, scheduler, wanted, keeps_end
         self.losses: list[float] = []
+        self.end: Tensor | None = None
 
     def __call__(self, latents: Tensor) -> Tensor:
         """After a call's latents [B, ...]: those to go on with."""
@@ -39,7 +41,10 @@ class Walk:
         wanted = self.wanted[step].to(latents.device)
         own = latents[: len(wanted)]  # DiT's come twice where guidance doubles the batch
         loss = (own.float() - wanted).square().mean()
-        loss.backward()
+        if self.keeps_end and step + 1 >= self.routed.rests.steps:
+            self.end = own
+        else:
+            loss.backward()
         self.losses.append(loss.item())
         self.routed.residuals.detach()
         _forget_gradients(self.scheduler)
