@@ -35,6 +35,18 @@ def test_after_a_fit_and_gone_on_with(run, pipe, small: tuple, tmp_path: Path) -
     assert code == 0 and (out / "losses.jsonl").read_text() == log
     code, _, error = run("tune", *small, *few, "--iterations", 4)
     assert code == 1 and "other settings" in error
+    again = (
+        "--dense",
+        out / "trajectories",
+        "--iterations",
+        1,
+        "--adapter",
+        out / "adapter",
+        "--out",
+        tmp_path / "again",
+    )
+    code, _, error = run("tune", *small, *few, *again)
+    assert code == 0 and not (tmp_path / "again" / "trajectories").exists(), error
 
 
 def test_without_a_fit(run, small: tuple, tmp_path: Path) -> None:  # noqa: ANN001

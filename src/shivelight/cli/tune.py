@@ -37,6 +37,12 @@ def tune(
     iterations: Annotated[int, typer.Option(min=1)] = _DEFAULT.iterations,
     batch: Annotated[int, typer.Option(min=1, help="Trajectories of an iteration.")] = _DEFAULT.batch,
     trajectories: Annotated[int, typer.Option(min=1, help="Dense generations to learn from.")] = _DEFAULT.trajectories,
+    dense: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of dense generations that an earlier run made of the same model and prompts; OUT/trajectories."
+        ),
+    ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the deltas.")] = _DEFAULT.rank,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = _DEFAULT.lr,
     mixed_precision: Annotated[
@@ -71,7 +77,7 @@ def tune(
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     options = common.call_options(pipe, pipeline, size, max_sequence_length)
-    tuner = Tuner(pipe, captions, config, out, **options)
+    tuner = Tuner(pipe, captions, config, out, dense=dense, **options)
     common.say(f"{len(captions)} prompts, {trajectories} dense generations of {steps} steps, compute {computes}")
     with common.progress_bar("dense", trajectories) as advance:
         tuner.record_dense(advance)

@@ -139,7 +139,6 @@ class Discriminator(nn.Module):
                 backbone(**call)
         finally:
             routed.observer = None
-            routed.reset()
         return [found[block] for block in self.blocks]
 
     def _margins(self, true: Sequence[Tensor], false: Sequence[Tensor]) -> Tensor:

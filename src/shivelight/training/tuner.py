@@ -100,6 +100,7 @@ class Tuner:
         out: folder of trajectories, checkpoints, log and the adapter; a run there is gone on with.
         generate: (call, numbers of trajectories) -> None: runs their generations by `call`, which is the pipeline's, each from
             noise of its own; in the place of prompts, where a call needs more than those.
+        dense: folder of the dense generations, `out`/trajectories by default; runs of one model and the same prompts may share it.
         options: further arguments of the pipeline call.
 
     Raises:
@@ -117,6 +118,7 @@ class Tuner:
         out: Path,
         *,
         generate: Generate | None = None,
+        dense: Path | None = None,
         **options: Any,
     ) -> None:
         self.pipe, self.config, self.out = pipe, config, out
@@ -132,7 +134,8 @@ class Tuner:
                 'Attach RoutingConfig.training_free(compute=1.0, axis="blocks") to it first.'
             )
         self._dense_identity = self._identify_dense()
-        self.trajectories = Trajectories(out / "trajectories", self._dense_identity)
+        out.mkdir(parents=True, exist_ok=True)
+        self.trajectories = Trajectories(dense or out / "trajectories", self._dense_identity)
         self.step = 0
         self._discriminator: Discriminator | None = None
         self.history: list[dict[str, float]] = []
