@@ -3,8 +3,9 @@
     python benchmarks/tuned_steps.py      # trains for over an hour on 2 cores, writes benchmarks/results/tuned-steps.json
 
 Where two of four steps rest, the same two steps are taken without rests (`peers/placed_steps.py`), and deltas of the same kind are
-trained along them by the same loss: latents of the dense generation before the second step and at the end. Same prompts
-and dense generations as `recipes/tune_rests.py` has in its second stage. Judged on captions of the test split, timed in turns.
+trained along them by the same losses: latents of the dense generation before the second step and at the end, and then not to be
+told apart from it. Same prompts, dense generations and settings as `recipes/tune_rests.py` has. Judged on captions of the test
+split, timed in turns.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from shivelight.training.walk import Walk
 
 ADAPTERS = embedded.FEW_STEP / "adapters"
 ITERATIONS = 700
+TEXTURE: dict[str, Any] = {"iterations": 300, "lr": 3e-4, "adversarial": 2.0}
 RUNS = (0, 2)
 COMPUTE = 0.508  # two of four steps and their maps
 OPTIONS = {"max_sequence_length": embedded.TEXT_TOKENS}
@@ -73,15 +75,22 @@ def prompts() -> list[str]:
     return [captions[place] for place in torch.randperm(len(captions), generator=torch.Generator().manual_seed(1))]
 
 
-def train(work: Path, iterations: int, trajectories: int) -> Path:
-    """The folder of the deltas; a run that is there is gone on with."""
+def train(work: Path, iterations: int, trajectories: int, texture: int) -> list[Path]:
+    """The folders of both stages' deltas; a run that is there is gone on with."""
     pipe = embedded.load_few_step()
     sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks"))
     config = TuneConfig(embedded.FEW_STEPS, (1.0,), guidance=1.0, iterations=iterations, trajectories=trajectories)
-    return FewerSteps(pipe, prompts(), config, work, **OPTIONS).run(lambda record: print(record, flush=True))
+    later = TEXTURE | {"iterations": texture}
+    stages = ((config, work), (replace(config, **later), work / "texture"))
+    return [
+        FewerSteps(pipe, prompts(), stage, folder, dense=work / "trajectories", **OPTIONS).run(
+            lambda record: print(record, flush=True)
+        )
+        for stage, folder in stages
+    ]
 
 
-def tuned_steps(comparison: Comparison, weights: FoldedWeights) -> OperatingPoint:
+def tuned_steps(comparison: Comparison, weights: FoldedWeights, method: str) -> OperatingPoint:
     """The dense model with these deltas at `RUNS` alone."""
     point = comparison.finetuned(weights)
 
@@ -90,7 +99,7 @@ def tuned_steps(comparison: Comparison, weights: FoldedWeights) -> OperatingPoin
         with point.state(), only(comparison.pipe.scheduler, comparison.setting.steps, RUNS):
             yield
 
-    return replace(point, method="fewer-steps-tuned", steps=len(RUNS), state=state)
+    return replace(point, method=method, steps=len(RUNS), state=state)
 
 
 def main() -> None:
@@ -99,6 +108,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/tuned-steps"))
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
     parser.add_argument("--trajectories", type=int, default=3328)
+    parser.add_argument("--texture", type=int, default=TEXTURE["iterations"], help="iterations of the second stage")
     parser.add_argument("--count", type=int, default=96, help="captions")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--train-only", action="store_true")
@@ -107,15 +117,18 @@ def main() -> None:
     if args.count < FEWEST:
         parser.error(f"{args.count} captions; an interval of KID needs {FEWEST}")
     common.quiet_libraries()
-    folder = train(args.work, args.iterations, args.trajectories)
+    folders = train(args.work, args.iterations, args.trajectories, args.texture)
     if args.train_only:
         return
     common.keep_freed_memory()
     pipe = embedded.load_few_step("cpu", torch.bfloat16)
-    weights = read_deltas(pipe, folder)
+    tuned = dict(
+        zip(("fewer-steps-tuned", "fewer-steps-textured"), (read_deltas(pipe, each) for each in folders), strict=True)
+    )
     sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks"))
     comparison = Comparison(pipe, Setting(embedded.FEW_STEPS, 1.0, 0, 24, OPTIONS))
-    points = [comparison.dense(), placed_steps(comparison, RUNS), tuned_steps(comparison, weights)]
+    points = [comparison.dense(), placed_steps(comparison, RUNS)]
+    points += [tuned_steps(comparison, weights, method) for method, weights in tuned.items()]
     points += [comparison.training_free("blocks", compute=0.5)]
     for name in ("blocks-fitted", "blocks-tuned"):
         adapter = read_adapter(pipe, ADAPTERS / name)
