@@ -11,7 +11,7 @@ of what the teacher knows; adapters of another pipeline than the embedded one go
 
 import argparse
 import dataclasses
-import shutil
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,18 @@ def join(tokens: Path, blocks: Path, source: Path, out: Path) -> Path:
 
 
 def ship(folder: Path, target: Path) -> int:
-    """Copy an adapter with its tensors in fp16, as all embedded weights are; returns its size in bytes."""
+    """Copy an adapter with its tensors in fp16, as all embedded weights are; returns its size in bytes. Its base model is named as
+    it lies in the package, not on this machine."""
     tensors = load_file(folder / WEIGHTS_NAME)
     halved = {name: t.half() if t.dtype == torch.float32 else t for name, t in tensors.items()}
     with replacing(target / WEIGHTS_NAME) as unfinished:
         save_file(halved, unfinished, metadata={"format": "pt"})
+    config, package = json.loads((folder / CONFIG_NAME).read_text()), Path(sl.__file__).parents[1]
+    base = Path(config.get("base_model_name_or_path") or "")
+    if base.is_relative_to(package):
+        config["base_model_name_or_path"] = base.relative_to(package).as_posix()
     with replacing(target / CONFIG_NAME) as unfinished:
-        shutil.copyfile(folder / CONFIG_NAME, unfinished)
+        unfinished.write_text(json.dumps(config, indent=2) + "\n")
     return sum(file.stat().st_size for file in target.iterdir())
 
 

@@ -1,17 +1,16 @@
 """Tune deltas around steps at rest of the distilled pipeline: `demo/few-step/adapters/blocks-tuned` on top of `blocks-fitted`, and
 `blocks-part-tuned`, which goes on from it, on top of `blocks-part`.
 
-    python recipes/tune_rests.py      # over three hours on 2 cores; goes on where it stopped
+    python recipes/tune_rests.py      # over four hours on 2 cores; goes on where it stopped
 
 Prompts are captions of the training split, each walked from noise of its own (few generations are learned by heart): first at two
-and three of four steps, then at two alone. From there two ways part: `blocks-tuned` learns not to be told apart from dense
-generations, in force where two of four steps run, and `blocks-part-tuned` learns two with and without a part of the tokens at one
-more.
+and three of four steps, then at two alone, where those of `blocks-tuned` are in force. Those of `blocks-part-tuned` go on at two
+with and without a part of the tokens at one more. In the end both learn not to be told apart from dense generations.
 """
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from train_adapters import ship
@@ -27,12 +26,33 @@ from shivelight.training.tuner import TuneConfig, Tuner
 
 ADAPTERS = embedded.FEW_STEP / "adapters"
 TRAJECTORIES = 3328
-# Stages: what the maps come from, which stage the deltas go on from, budgets that are walked, settings, and what is shipped.
-STAGES: dict[str, tuple[str, str | None, tuple[float, ...], dict[str, Any], str | None]] = {
-    "both": ("blocks-fitted", None, (0.52, 0.52, 0.76), {"iterations": 700, "trajectories": 1536}, None),
-    "two": ("blocks-fitted", "both", (0.52,), {"iterations": 600}, None),
-    "texture": ("blocks-fitted", "two", (0.52,), {"iterations": 300, "lr": 3e-4, "adversarial": 2.0}, "blocks-tuned"),
-    "part": ("blocks-part", "two", (0.56, 0.62, 0.52), {"iterations": 450}, "blocks-part-tuned"),
+TEXTURE: dict[str, Any] = {"iterations": 300, "lr": 3e-4, "adversarial": 2.0}
+
+
+class Stage(NamedTuple):
+    """One run of the tuner.
+
+    Attributes:
+        fitted: adapter that has the maps.
+        after: stage whose deltas it goes on from.
+        computes: budgets that are walked.
+        settings: of `TuneConfig`.
+        shipped: name under which the adapter is, if it is.
+    """
+
+    fitted: str
+    after: str | None
+    computes: tuple[float, ...]
+    settings: dict[str, Any]
+    shipped: str | None = None
+
+
+STAGES = {
+    "both": Stage("blocks-fitted", None, (0.52, 0.52, 0.76), {"iterations": 700, "trajectories": 1536}),
+    "two": Stage("blocks-fitted", "both", (0.52,), {"iterations": 600}),
+    "two-texture": Stage("blocks-fitted", "two", (0.52,), TEXTURE, "blocks-tuned"),
+    "part": Stage("blocks-part", "two", (0.56, 0.62, 0.52), {"iterations": 450}),
+    "part-texture": Stage("blocks-part", "part", (0.56, 0.62, 0.52), TEXTURE, "blocks-part-tuned"),
 }
 
 
@@ -50,23 +70,17 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     prompts = [captions[place] for place in order]
     made: dict[str | None, tuple[dict[str, Delta], DeltaConfig | None]] = {None: ({}, None)}
-    for stage, (fitted, before, computes, settings, name) in STAGES.items():
-        sl.load_adapter(pipe, ADAPTERS / fitted)
-        routed = routed_of(pipe)
-        routed.set_deltas(backbone_of(pipe), *made[before])
-        config = TuneConfig(embedded.FEW_STEPS, computes, guidance=1.0, **{"trajectories": TRAJECTORIES} | settings)
-        tuner = Tuner(
-            pipe,
-            prompts,
-            config,
-            args.work / stage,
-            dense=args.work / "dense",
-            max_sequence_length=embedded.TEXT_TOKENS,
-        )
+    for name, stage in STAGES.items():
+        sl.load_adapter(pipe, ADAPTERS / stage.fitted)
+        routed, settings = routed_of(pipe), {"trajectories": TRAJECTORIES} | stage.settings
+        routed.set_deltas(backbone_of(pipe), *made[stage.after])
+        config = TuneConfig(embedded.FEW_STEPS, stage.computes, guidance=1.0, **settings)
+        length = embedded.TEXT_TOKENS
+        tuner = Tuner(pipe, prompts, config, args.work / name, dense=args.work / "dense", max_sequence_length=length)
         folder = tuner.run(lambda record: print(record, flush=True))
-        made[stage] = routed.deltas, routed.config.deltas
-        if name is not None:
-            print(f"{ship(folder, args.out / name) / 1e6:.2f} MB in {args.out / name}")
+        made[name] = routed.deltas, routed.config.deltas
+        if stage.shipped is not None:
+            print(f"{ship(folder, args.out / stage.shipped) / 1e6:.2f} MB in {args.out / stage.shipped}")
         sl.detach(pipe)
 
 
