@@ -109,6 +109,9 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
     parser.add_argument("--trajectories", type=int, default=3328)
     parser.add_argument("--texture", type=int, default=TEXTURE["iterations"], help="iterations of the second stage")
+    parser.add_argument(
+        "--plain", type=Path, help="what the recipe's stage `two` leaves: `blocks-tuned` before it learns texture"
+    )
     parser.add_argument("--count", type=int, default=96, help="captions")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--train-only", action="store_true")
@@ -122,17 +125,19 @@ def main() -> None:
         return
     common.keep_freed_memory()
     pipe = embedded.load_few_step("cpu", torch.bfloat16)
-    tuned = dict(
-        zip(("fewer-steps-tuned", "fewer-steps-textured"), (read_deltas(pipe, each) for each in folders), strict=True)
-    )
+    names = ("fewer-steps-tuned-plain", "fewer-steps-tuned")
+    tuned = {name: read_deltas(pipe, folder) for name, folder in zip(names, folders, strict=True)}
     sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks"))
     comparison = Comparison(pipe, Setting(embedded.FEW_STEPS, 1.0, 0, 24, OPTIONS))
     points = [comparison.dense(), placed_steps(comparison, RUNS)]
     points += [tuned_steps(comparison, weights, method) for method, weights in tuned.items()]
     points += [comparison.training_free("blocks", compute=0.5)]
-    for name in ("blocks-fitted", "blocks-tuned"):
-        adapter = read_adapter(pipe, ADAPTERS / name)
-        points += adapter_points(comparison, adapter, ablations=False, compute=COMPUTE)
+    for folder in (ADAPTERS / "blocks-fitted", args.plain, ADAPTERS / "blocks-tuned"):
+        if folder is not None:
+            own = adapter_points(comparison, read_adapter(pipe, folder), ablations=False, compute=COMPUTE)
+            points += [
+                replace(point, method=f"{point.method}-plain") if folder == args.plain else point for point in own
+            ]
     results = new_results(device="cpu", split="test", feature_network="efflite0", backbone=describe(pipe))
     results |= {"iterations": args.iterations, "trajectories": args.trajectories}
     data = EmojiData()
