@@ -204,6 +204,20 @@ def test_the_gradient_at_the_end_has_both_parts(
     torch.testing.assert_close(slope, missed + 0.5 * missed.norm() * 0.25)
 
 
+def test_an_unknown_kind_of_noise_is_refused_and_leaves_the_model_as_it_was(
+    pipe: StableDiffusion3Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, other = drawn(pipe), type(pipe.scheduler).from_config(pipe.scheduler.config)
+    other.register_to_config(prediction_type="other")
+    monkeypatch.setattr(pipe, "scheduler", other)
+    own = tuner(pipe, tmp_path, adversarial=0.5)
+    with pytest.raises(TrainingError, match="prediction_type 'other'"):
+        own.run()
+    assert not routed_of(pipe).deltas and "peft_config" not in vars(pipe.transformer)
+    sl.detach(pipe)
+    assert torch.equal(drawn(pipe), before)
+
+
 def test_refusals() -> None:
     with pytest.raises(TrainingError, match="adversarial"):
         TuneConfig(4, (0.5,), adversarial=-1.0)

@@ -163,17 +163,15 @@ class Tuner:
         with _frozen(self.pipe), torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             live = LiveDeltas(backbone, routed.spec, deltas, tuned)
-            parameters = dict(live.named_parameters())
+            parameters, rates = dict(live.named_parameters()), [self.config.lr]
             optimizer = torch.optim.AdamW(parameters.values(), self.config.lr, (0.9, 0.99), weight_decay=0.0)
-            rates = [self.config.lr]
-            if self.config.adversarial:
-                self._discriminator = Discriminator(backbone, routed, live, self.pipe.scheduler)
-                heads = dict(self._discriminator.named_parameters())
-                optimizer.add_param_group({"params": list(heads.values()), "betas": (0.0, 0.99)})
-                parameters |= {f"discriminator.{name}": parameter for name, parameter in heads.items()}
-                rates.append(self.config.discriminator_lr)
             routed.regions = CheckpointedRegions() if self.config.checkpointing else Regions()
             try:
+                if self.config.adversarial:
+                    self._discriminator = Discriminator(backbone, routed, live, self.pipe.scheduler)
+                    heads = dict(self._discriminator.named_parameters(prefix="discriminator"))
+                    optimizer.add_param_group({"params": list(heads.values()), "betas": (0.0, 0.99)})
+                    parameters, rates = parameters | heads, [*rates, self.config.discriminator_lr]
                 self._resume(parameters, optimizer)
                 while self.step < last:
                     self._log(self._iterate(optimizer, rates), on_step)
@@ -185,6 +183,7 @@ class Tuner:
                 raise
             finally:
                 live.remove()
+                self._discriminator = None
                 routed.regions, routed.budget = regions, budget
                 routed.reset()
                 routed.set_deltas(backbone, tuned, known)
