@@ -171,6 +171,15 @@ def test_a_time_out_of_reach_is_said_when_the_generation_begins(pipe, sample) ->
     assert torch.isfinite(sample(pipe, ["a"])).all()
 
 
+def test_measuring_is_no_part_of_what_a_generation_spent(pipe, sample) -> None:  # noqa: ANN001
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=0.7, axis="blocks"))
+    sample(pipe, ["a"])
+    routed = routed_of(pipe)
+    spent, flops, acted = routed.spending, routed.spending.flops, dict(routed.spending.actions)
+    measure_table(pipe.transformer, routed, Load(64, 32, 2, "both"), 0.01)
+    assert routed.spending is spent and (spent.flops, spent.actions) == (flops, acted)
+
+
 @pytest.mark.parametrize("axis", ["tokens", "blocks", "both"])
 def test_measured_on_the_spot_the_picture_is_that_of_its_budget(pipe, sample, axis, folder: Path) -> None:  # noqa: ANN001
     sl.attach(pipe, sl.RoutingConfig.training_free(compute=0.7, axis=axis))
@@ -183,7 +192,9 @@ def test_measured_on_the_spot_the_picture_is_that_of_its_budget(pipe, sample, ax
         return
     assert len(list(folder.rglob("*.json"))) == 1
     sl.set_budget(pipe, compute=routed.settling.settlement[1].value)
+    spent = routed.spending.ratio
     assert torch.equal(sample(pipe, ["a"], steps=6), first), "measuring leaves no trace in the generation"
+    assert routed.spending.ratio == spent
 
 
 def test_a_bare_transformer_has_a_budget_of_its_passes(pipe) -> None:  # noqa: ANN001

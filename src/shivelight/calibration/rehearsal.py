@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shivelight.backbones.examples import example_call
 from shivelight.errors import ShivelightError
 from shivelight.execution.context import Clock, StepContext
-from shivelight.execution.gates import Decision, RouterOutputs
+from shivelight.execution.gates import Decision, RouterOutputs, Spending
 from shivelight.execution.planning import Budget
 from shivelight.execution.pricing import Load
 from shivelight.execution.reuse import BlockResiduals
@@ -69,6 +69,7 @@ def rehearsal(routed: Routed, clock: Standing) -> Iterator[None]:
     gates = routed.gates
     of_gates = None if gates is None else (gates.outputs, gates.cap)
     routed.clock, routed.residuals, routed.observer = clock, routed._new_residuals(), None
+    routed.spending = Spending()
     # Any budget that does not run everything goes the whole way.
     routed.budget, routed.settling = Budget("compute", 0.99), Settling(routed)
     routed.stale = routed.new_stale()
