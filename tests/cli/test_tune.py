@@ -45,8 +45,25 @@ def test_after_a_fit_and_gone_on_with(run, pipe, small: tuple, tmp_path: Path) -
         "--out",
         tmp_path / "again",
     )
-    code, _, error = run("tune", *small, *few, *again)
+    code, said, error = run("tune", *small, *few, *again, "--compute", computes[1])
     assert code == 0 and not (tmp_path / "again" / "trajectories").exists(), error
+
+
+def test_what_goes_on_walks_what_its_deltas_are_for(run, pipe, small: tuple, tmp_path: Path) -> None:  # noqa: ANN001
+    fitted = tmp_path / "fitted"
+    code, _, error = run("fit", *small, "--out", fitted, "--guidance", 1, "--compute", 0.75, 0.5)
+    assert code == 0, error
+    few = ("--batch", 1, "--trajectories", 1, "--iterations", 1, "--guidance", 1)
+    code, _, error = run("tune", *small, *few, "--adapter", fitted, "--compute", 0.6, "--out", tmp_path / "one")
+    assert code == 0, error
+    one = tmp_path / "one" / "adapter"
+    code, said, error = run("tune", *small, *few, "--adapter", one, "--out", tmp_path / "two")
+    assert code == 0, error
+    assert len(re.search(r"compute \(([^)]*)\)", said)[1].strip(",").split(",")) == 1
+    other = [*small]
+    other[other.index("--steps") + 1] = 6
+    code, _, error = run("tune", *other, *few, "--adapter", fitted, "--out", tmp_path / "three")
+    assert code == 2 and "give --compute, or fit" in error
 
 
 def test_without_a_fit(run, small: tuple, tmp_path: Path) -> None:  # noqa: ANN001

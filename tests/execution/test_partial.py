@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ import shivelight as sl
 from shivelight.adapter import routed_of
 from shivelight.calibration.stand_ins import fit_map, fit_need
 from shivelight.evaluation.standard import method_name
+from shivelight.execution.block_run import BlockRun
+from shivelight.execution.reuse import BlockResiduals
 from shivelight.execution.stale import partial_step, run_steps
+from shivelight.execution.stand_ins import NeedScore
+from shivelight.execution.together import Together
 from shivelight.training.tuner import TuneConfig, Tuner
 from shivelight.training.walk import Walk
 
@@ -200,3 +205,24 @@ def test_gradients_flow_through_the_whole_generation(pipe: StableDiffusion3Pipel
     walk.__wrapped__(pipe, tiny_inputs(1), 4).square().mean().backward()  # without its torch.no_grad
     grown = pipe.transformer.transformer_blocks[1].attn.to_k.weight.grad
     assert float(grown.abs().sum()) > 0
+
+
+def test_scores_are_fp32_whatever_autocast_says() -> None:
+    need = NeedScore(3, 32)
+    need.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    values = [torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = need(values)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, torch.einsum("kbnd,kd->bn", torch.stack(values), need.weight))
+
+
+def test_what_training_attends_to_does_not_go_by_the_memory_of_use(pipe: StableDiffusion3Pipeline) -> None:
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=0.65, axis="blocks", partial=True))
+    routed = routed_of(pipe)
+    kind, _ = routed.spec.block_list(pipe.transformer)[0]
+    together = Together(BlockRun(routed, 0, kind, lambda: pipe.transformer.forward))
+    entry = BlockResiduals(torch.zeros(2, 64, 32))
+    assert together._own_part(entry).room == math.inf
+    with torch.no_grad():
+        assert together._own_part(entry).room == 1e6 * routed.residuals.max_mb

@@ -15,8 +15,8 @@ from shivelight.adapter import routed_of
 from shivelight.training.tuner import TuneConfig, Tuner
 
 
-@pytest.mark.parametrize("adversarial", [0.0, 0.5])
-def test_every_run_is_tuned_and_dense_stays(name: str, tmp_path: Path, adversarial: float) -> None:
+@pytest.mark.parametrize(("precision", "adversarial"), [("no", 0.0), ("no", 0.5), ("bf16", 0.5)])
+def test_every_run_is_tuned_and_dense_stays(name: str, tmp_path: Path, precision: Any, adversarial: float) -> None:
     pipe, call = build(name), FAMILIES[name]
     dense = call(pipe, 0)
 
@@ -32,7 +32,7 @@ def test_every_run_is_tuned_and_dense_stays(name: str, tmp_path: Path, adversari
 
     free(pipe, 1.0)
     config = TuneConfig(
-        6, (0.5,), iterations=2, batch=2, trajectories=2, rank=2, warmup=0, lr=1e-2, mixed_precision="no",
+        6, (0.5,), iterations=2, batch=2, trajectories=2, rank=2, warmup=0, lr=1e-2, mixed_precision=precision,
         adversarial=adversarial,
     )  # fmt: skip
     tuner = Tuner(pipe, (), config, tmp_path, generate=generate)

@@ -18,11 +18,13 @@ import shivelight as sl
 from shivelight.adapter import routed_of
 from shivelight.config import DeltaConfig, RoutingConfig
 from shivelight.errors import TrainingError
+from shivelight.execution.compiled import Regions
 from shivelight.pipelines import draw
 from shivelight.training.deltas import LiveDeltas
 from shivelight.training.denoisers import denoiser_for
 from shivelight.training.discriminator import Discriminator, Verdict
 from shivelight.training.tuner import TuneConfig, Tuner
+from shivelight.training.walk import CheckpointedRegions
 
 PROMPTS = ["a red apple", "blue bird"]
 
@@ -111,6 +113,31 @@ def test_it_leaves_no_trace(pipe: StableDiffusion3Pipeline, case: Case) -> None:
     assert all(parameter.requires_grad for _, parameter in case.live.named_parameters())
     assert case.routed.enabled and case.routed.observer is None
     assert torch.equal(drawn(pipe), before)
+
+
+def test_gradient_checkpointing_asks_the_same_model(case: Case) -> None:
+    """Blocks that run a second time in the backward pass are the dense ones too."""
+    verdicts = []
+    for regions in (Regions(), CheckpointedRegions()):
+        case.routed.regions = regions
+        verdicts.append(case.discriminator.judge(case.made, case.dense, torch.Generator().manual_seed(7)))
+    torch.testing.assert_close(verdicts[0].gradient, verdicts[1].gradient)
+    assert verdicts[0].told_apart == verdicts[1].told_apart
+
+
+def test_who_watches_goes_on_watching(case: Case) -> None:
+    seen: list[int] = []
+    case.routed.observer = lambda block, *rest: seen.append(block)
+    case.discriminator.judge(case.made, case.dense, torch.Generator())
+    assert not seen and case.routed.observer is not None
+    case.routed.observer = None
+
+
+def test_what_goes_in_beside_the_latents_is_refused(case: Case) -> None:
+    given = case.discriminator._asked["hidden_states"]
+    case.discriminator._asked["hidden_states"] = torch.cat([given, given], dim=1)
+    with pytest.raises(TrainingError, match="go in beside them"):
+        case.discriminator.judge(case.made, case.dense, torch.Generator())
 
 
 def test_what_differs_is_told_apart_and_what_does_not_is_not(case: Case) -> None:
@@ -216,6 +243,29 @@ def test_an_unknown_kind_of_noise_is_refused_and_leaves_the_model_as_it_was(
     assert not routed_of(pipe).deltas and "peft_config" not in vars(pipe.transformer)
     sl.detach(pipe)
     assert torch.equal(drawn(pipe), before)
+
+
+def test_gradients_that_are_no_numbers_reach_no_delta(
+    pipe: StableDiffusion3Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tuner(pipe, tmp_path, adversarial=0.5, checkpoint_every=1)
+    own.run(until=1)
+    monkeypatch.setattr(
+        Discriminator, "judge", lambda own, routed, *_: Verdict(torch.full_like(routed, torch.nan), 0.5)
+    )
+    with pytest.raises(TrainingError, match="Gradients became.*dense generations in .*trajectories serve again"):
+        own.run()
+    assert own.done == 1
+
+
+def test_a_backbone_that_lies_elsewhere_between_calls_is_refused(
+    pipe: StableDiffusion3Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StableDiffusion3Pipeline, "_execution_device", torch.device("meta"))
+    with pytest.raises(TrainingError, match="instead of offloading"):
+        tuner(pipe, tmp_path, adversarial=0.5)
+    sl.detach(pipe)
+    tuner(pipe, tmp_path)
 
 
 def test_refusals() -> None:

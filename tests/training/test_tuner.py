@@ -209,7 +209,7 @@ def test_refusals(pipe: StableDiffusion3Pipeline, tmp_path: Path) -> None:
         Tuner(pipe, [], own.config, tmp_path)
     own.run(until=1)
     sl.detach(pipe)
-    with pytest.raises(TrainingError, match="trajectories.*other settings"):
+    with pytest.raises(TrainingError, match="trajectories.*other settings .dense.guidance was 1.0, is 2.0"):
         tuner(pipe, tmp_path, guidance=2.0)
     sl.detach(pipe)
     with pytest.raises(TrainingError, match="lr was 0.0005, is 0.001"):  # the dense generations would serve
@@ -232,6 +232,33 @@ def test_dense_generations_are_of_one_model(pipe: StableDiffusion3Pipeline, tmp_
         pipe.transformer.proj_out.bias[3] += 1e-3
     with pytest.raises(TrainingError, match="trajectories.*other settings"):
         tuner(pipe, tmp_path)
+
+
+def test_a_rest_that_is_none_is_refused(pipe: StableDiffusion3Pipeline, tmp_path: Path) -> None:
+    own = tuner(pipe, tmp_path, fit=False)
+    routed_of(pipe).residuals.max_mb = 1e-3
+    with pytest.raises(TrainingError, match="All blocks ran at step 1.*max_cache_mb=0.001.*2 samples"):
+        own.run()
+
+
+def test_a_backbone_in_float16_is_refused(pipe: StableDiffusion3Pipeline, tmp_path: Path) -> None:
+    pipe.transformer.half()
+    try:
+        with pytest.raises(TrainingError, match="float16"):
+            tuner(pipe, tmp_path, fit=False)
+    finally:
+        pipe.transformer.float()
+
+
+def test_another_batch_shares_dense_generations(pipe: StableDiffusion3Pipeline, tmp_path: Path) -> None:
+    tuner(pipe, tmp_path / "first", iterations=1).run()
+    sl.detach(pipe)
+    config = TuneConfig(4, (0.6,), 1.0, iterations=1, batch=1, trajectories=4, mixed_precision="no")
+    sl.attach(pipe, RoutingConfig.training_free(compute=1.0, axis="blocks"))
+    Tuner(
+        pipe, PROMPTS, config, tmp_path / "second", dense=tmp_path / "first/trajectories", max_sequence_length=16
+    ).run()
+    assert not (tmp_path / "second" / "trajectories").exists()
 
 
 def test_a_call_that_records_nothing_is_refused(pipe: StableDiffusion3Pipeline, tmp_path: Path) -> None:

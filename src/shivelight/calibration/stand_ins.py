@@ -255,9 +255,12 @@ def fit_rests(
 
 
 def fitted_computes(routed: Routed, steps: int) -> tuple[float, ...]:
-    """The least budgets that run what was fitted for so many steps, at the backbone's own size (or that of the last generation)."""
+    """The least budgets that run what was fitted for so many steps, at the backbone's own size (or that of the last generation);
+    of deltas that are there, those that they were tuned for."""
     plans = () if routed.stand_ins is None else routed.stand_ins.config.plans
-    return tuple(_compute(routed, plan) for plan in plans if plan.steps == steps)
+    tuned = () if routed.config.deltas is None else routed.config.deltas.plans
+    chosen = [plan for plan in plans if plan.steps == steps and (not tuned or any(plan.like(own) for own in tuned))]
+    return tuple(_compute(routed, plan) for plan in chosen)
 
 
 def _joined(routed: Routed, fitted: dict[RestPlan, Fitting], rank: int) -> StandInMaps:

@@ -70,7 +70,12 @@ def tune(
         sl.attach(pipe, RoutingConfig.training_free(compute=1.0, axis="blocks"))
     else:
         sl.load_adapter(pipe, adapter)
-    computes = tuple(compute or fitted_computes(routed_of(pipe), steps) or (0.5,))
+    computes = tuple(compute or fitted_computes(routed_of(pipe), steps))
+    if not computes and routed_of(pipe).stand_ins is not None:
+        raise typer.BadParameter(
+            f"The adapter's maps are fitted for other numbers of steps than {steps}; give --compute, or fit."
+        )
+    computes = computes or (0.5,)
     config = TuneConfig(
         steps, computes, guidance, iterations, batch, trajectories, rank, lr, mixed_precision=mixed_precision,
         adversarial=adversarial, checkpointing=checkpointing, seed=seed,
@@ -84,6 +89,11 @@ def tune(
     with common.progress_bar("tuning", iterations) as advance:
         for _ in range(tuner.done):
             advance()
-        made = tuner.run(lambda record: advance(f"loss {record['loss']:.4f}"))
+        made = tuner.run(lambda record: advance(_said(record)))
     common.say(f"adapter: {made}")
     common.say(f'sl.load_adapter(pipe, "{made}"); sl.set_budget(pipe, compute={min(computes):g})')
+
+
+def _said(record: dict[str, float]) -> str:
+    told = f", told apart {record['told_apart']:.0%}" if "told_apart" in record else ""
+    return f"loss {record['loss']:.4f}{told}"

@@ -19,7 +19,7 @@ class Series:
     guessed too badly (docs/decisions/training-free.md). With horizon 0 it stays as it was.
 
     Args:
-        like: [B, R, D], tells shape, dtype and device.
+        like: [B, R, D], tells shape and device.
         horizon: in steps.
         remembers: keep the value before the last one even where nothing is forecast.
     """
@@ -40,8 +40,9 @@ class Series:
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def fits(self, like: Tensor) -> bool:
-        """Whether it belongs to rows of this shape, dtype and device."""
-        return (self.last.shape, self.last.dtype, self.last.device) == (like.shape, like.dtype, like.device)
+        """Whether it belongs to rows of this shape and device; what goes into a block and what comes out may differ in dtype, as
+        under autocast."""
+        return (self.last.shape, self.last.device) == (like.shape, like.device)
 
     def take(self, samples: Tensor) -> "Series":
         """That of some samples [b], as a copy."""

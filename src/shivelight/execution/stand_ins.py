@@ -96,8 +96,10 @@ class NeedScore(nn.Module):
         return 2 * tokens * self.weight.numel()
 
     def forward(self, values: Sequence[Tensor]) -> Tensor:
-        """Scores [B, N] in fp32 of the K values [B, N, D]."""
-        return sum((v @ weight for v, weight in zip(values, self.weight, strict=True)), values[0].new_zeros(())).float()
+        """Scores [B, N] in fp32 of the K values [B, N, D]; rounded to bf16, as autocast would, many would be ties."""
+        with torch.autocast(values[0].device.type, enabled=False):
+            each = [v.float() @ weight.float() for v, weight in zip(values, self.weight, strict=True)]
+        return torch.stack(each).sum(0)
 
 
 def _constant(*shape: int) -> nn.Parameter:

@@ -4,6 +4,8 @@ tokens in each of them.
 Shapes: B samples, N image tokens, D width, K values that are known of each token.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -104,6 +106,8 @@ class Together:
         return write_back(others, indices, image), text
 
     def _own_part(self, entry: BlockResiduals) -> OfBlock:
+        if torch.is_grad_enabled():  # batches are larger in training than in use, and attend to the same
+            return OfBlock(entry, self.block, math.inf)
         passes = 2 if self.routed.context.branch in ("cond", "uncond") else 1
         return OfBlock(entry, self.block, 1e6 * self.routed.residuals.max_mb / passes)
 

@@ -76,7 +76,7 @@ def load(folder: Path, identity: dict[str, Any]) -> State:
         ) from error
     if run["identity"] != identity:
         raise TrainingError(
-            f"{folder} was made with other settings ({_difference(run['identity'], identity)}). Use the same ones to go on, or "
+            f"{folder} was made with other settings ({difference(run['identity'], identity)}). Use the same ones to go on, or "
             "another output folder to start anew."
         )
     return State(int(run["step"]), tensors, optimizer)
@@ -140,11 +140,12 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    """What tells two runs' settings apart, in words."""
     for key in sorted(set(old) | set(new)):
         mine, theirs = old.get(key), new.get(key)
         if mine != theirs:
             if isinstance(mine, dict) and isinstance(theirs, dict):
-                return _difference(mine, theirs, f"{prefix}{key}.")
+                return difference(mine, theirs, f"{prefix}{key}.")
             return f"{prefix}{key} was {mine!r}, is {theirs!r}"
     return "nothing"

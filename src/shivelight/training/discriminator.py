@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from shivelight.errors import TrainingError
 from shivelight.execution.routed import Routed
 from shivelight.training.deltas import LiveDeltas
 from shivelight.training.noise import noise_process
@@ -102,11 +103,14 @@ class Discriminator(nn.Module):
         noise = torch.randn(routed.shape, generator=generator)
         sigmas, noise = sigmas.to(routed.device), noise.to(routed.device)
         made = routed.detach().float().requires_grad_()
-        with torch.enable_grad():
+        routing, live = self._parts
+        # The dense model on the way back too: gradient checkpointing runs blocks a second time then.
+        with torch.enable_grad(), live.disabled(), routing.switched(False):
             false = self._features(made, noise, sigmas)
             with torch.no_grad():
                 true = self._features(dense.float().to(made.device), noise, sigmas)
             slope = torch.autograd.grad(softplus(self._margins(true, false)).mean(), made)[0]
+        with torch.enable_grad():
             true, false = ([values.detach().requires_grad_() for values in side] for side in (true, false))
             margins = self._margins(true, false)
             slopes = torch.autograd.grad(margins.sum(), (*true, *false), create_graph=True)
@@ -116,29 +120,33 @@ class Discriminator(nn.Module):
 
     def _features(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> list[Tensor]:
         """[B', N, D] that leave the blocks that are read; B' = 2 B where guidance doubles the batch."""
-        (routed, live), (backbone, scheduler) = self._parts, self._ask
-        names, asked = routed.spec, self._asked
-        first, time = asked[names.model_arguments[0]], asked[names.timestep_argument]
+        (routed, _), (backbone, scheduler) = self._parts, self._ask
+        spec, asked = routed.spec, self._asked
+        first, time = asked[spec.model_arguments[0]], asked[spec.timestep_argument]
+        if first.shape[1:] != latents.shape[1:]:
+            raise TrainingError(
+                f"{type(backbone).__name__} is given {tuple(first.shape)} for latents {tuple(latents.shape)}: reference pictures "
+                "or masks go in beside them, which a discriminator does not know how to ask for. Tune with adversarial=0."
+            )
         repeats = len(first) // len(latents)
         noisy = self._noise.noisy(latents, noise, sigmas).to(first.dtype)
         # Families count time each in their own way: the first step tells by how much.
-        scale = time.flatten()[0] / scheduler.timesteps[getattr(scheduler, "begin_index", None) or 0]
+        scale = spec.sample_times(time).max() / scheduler.timesteps[getattr(scheduler, "begin_index", None) or 0]
         times = (self._noise.timesteps(sigmas) * scale).to(time.dtype)
         call = asked | {
-            names.model_arguments[0]: torch.cat([noisy] * repeats),
-            names.timestep_argument: torch.cat([times] * repeats),
+            spec.model_arguments[0]: torch.cat([noisy] * repeats),
+            spec.timestep_argument: torch.cat([times] * repeats),
         }
         found: dict[int, Tensor] = {}
 
         def see(block: int, x: Tensor, out: Tensor, kept: Any, text: Any) -> None:
             found[block] = out.float()
 
-        routed.observer = see
+        observer, routed.observer = routed.observer, see
         try:
-            with live.disabled(), routed.switched(False):
-                backbone(**call)
+            backbone(**call)
         finally:
-            routed.observer = None
+            routed.observer = observer
         return [found[block] for block in self.blocks]
 
     def _margins(self, true: Sequence[Tensor], false: Sequence[Tensor]) -> Tensor:

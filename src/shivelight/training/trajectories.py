@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shivelight.errors import TrainingError
 from shivelight.files import replacing
+from shivelight.training.checkpoints import difference
 
 
 class Trajectories:
@@ -27,8 +28,10 @@ class Trajectories:
         folder.mkdir(parents=True, exist_ok=True)
         told, known = json.dumps(identity, sort_keys=True), folder / "run.json"
         if known.exists() and known.read_text() != told:
+            said = difference(json.loads(known.read_text()), json.loads(told))
             raise TrainingError(
-                f"The trajectories in {folder} were made with other settings. Use the same ones to go on, or another output folder."
+                f"The trajectories in {folder} were made with other settings ({said}). Use the same ones to go on, or another "
+                "output folder."
             )
         with replacing(known) as unfinished:
             unfinished.write_text(told)

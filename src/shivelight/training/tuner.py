@@ -104,7 +104,8 @@ class Tuner:
         options: further arguments of the pipeline call.
 
     Raises:
-        TrainingError: no steps can rest, or the pipeline's call cannot record gradients.
+        TrainingError: nothing rests together on this pipeline, or it cannot be tuned as it is (float16; offloaded, with a
+            discriminator).
     """
 
     # How generations are followed.
@@ -132,6 +133,16 @@ class Tuner:
             raise TrainingError(
                 "Deltas are tuned where all blocks run or rest together, and nothing is attached to the pipeline that does so. "
                 'Attach RoutingConfig.training_free(compute=1.0, axis="blocks") to it first.'
+            )
+        weights = next(self.backbone.parameters())
+        if weights.dtype == torch.float16:
+            raise TrainingError(
+                "Gradients at a float16 backbone's latents are too small for its numbers. Load the pipeline in bfloat16 or float32."
+            )
+        if config.adversarial and weights.device != self._device:
+            raise TrainingError(
+                f"The backbone lies on {weights.device} between the pipeline's calls, where a discriminator asks it. Move the "
+                f"pipeline to {self._device} instead of offloading it, or tune with adversarial=0."
             )
         self._dense_identity = self._identify_dense()
         out.mkdir(parents=True, exist_ok=True)
@@ -237,14 +248,13 @@ class Tuner:
         told = {} if self._discriminator is None else self._oppose(self._discriminator, walk, generator)
         loss = sum(walk.losses)
         if not walk.losses or not math.isfinite(loss):
-            raise TrainingError(
-                f"The loss became {loss} in iteration {self.step}. Go on from the last checkpoint with a lower learning rate, or "
-                "check the backbone's precision."
-            )
+            raise TrainingError(self._unfit(f"The loss became {loss}"))
         left = 1 - self.step / config.iterations
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * min(left, (self.step + 1) / max(1, config.warmup))
         norms = [float(clip_grad_norm_(group["params"], config.max_grad_norm)) for group in optimizer.param_groups]
+        if not all(math.isfinite(norm) for norm in norms):
+            raise TrainingError(self._unfit(f"Gradients became {norms}"))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -252,9 +262,23 @@ class Tuner:
         return {"step": self.step, "compute": compute, "loss": loss, "last": walk.losses[-1], "grad_norm": norms[0], **told,
                 "seconds": seconds}  # fmt: skip
 
+    def _unfit(self, what: str) -> str:
+        return (
+            f"{what} in iteration {self.step}. Start anew in another output folder with a lower learning rate (`dense`: the dense "
+            f"generations in {self.trajectories.folder} serve again), or check the backbone's precision."
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the pipeline computes, wherever its weights lie in between."""
+        return torch.device(getattr(self.pipe, "_execution_device", None) or next(self.backbone.parameters()).device)
+
     def _autocast(self) -> AbstractContextManager[Any]:
-        device = next(self.backbone.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16) if self.config.mixed_precision == "bf16" else nullcontext()
+        return (
+            torch.autocast(self._device.type, torch.bfloat16)
+            if self.config.mixed_precision == "bf16"
+            else nullcontext()
+        )
 
     def _oppose(self, discriminator: Discriminator, walk: Walk, generator: torch.Generator) -> dict[str, float]:
         """Go backward from the end of a walk: towards the dense one's latents, and to where it is not told apart."""
@@ -298,7 +322,7 @@ class Tuner:
         with self.routed.switched(False):  # deltas that are there are no part of it
             weights = checkpoints.weights_fingerprint(self.backbone)
         return {
-            "dense": {"steps": config.steps, "guidance": config.guidance, "seed": config.seed, "batch": config.batch},
+            "dense": {"steps": config.steps, "guidance": config.guidance, "seed": config.seed},
             "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16],
             "backbone": f"{type(self.backbone).__name__} {weights}",
             "options": {name: repr(value) for name, value in self.options.items()},

@@ -31,6 +31,7 @@ class Walk:
     def __call__(self, latents: Tensor) -> Tensor:
         """After a call's latents [B, ...]: those to go on with."""
         step = self.routed.context.step
+        self._check_rest(step)
         if not self.ends(step):
             return latents
         if not latents.requires_grad:
@@ -49,6 +50,16 @@ class Walk:
         self.routed.residuals.detach()
         _forget_gradients(self.scheduler)
         return latents.detach()
+
+    def _check_rest(self, step: int) -> None:
+        """What is tuned around rests that never were is of no use."""
+        routed = self.routed
+        shares = routed.spending.shares.get((step, routed.routed[0]), [])
+        if not routed.rests.computes(step) and any(share > 0 for share in shares):
+            raise TrainingError(
+                f"All blocks ran at step {step}, where the budget has them rest: what they made before does not fit into Reuse("
+                f"max_cache_mb={routed.residuals.max_mb:g}) with {len(self.wanted[0])} samples. Give it more, or a smaller batch."
+            )
 
     def ends(self, step: int) -> bool:
         """Whether a run of the blocks comes next, or nothing more."""
