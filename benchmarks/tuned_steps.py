@@ -4,8 +4,8 @@
 
 Where two of four steps rest, the same two steps are taken without rests (`peers/placed_steps.py`), and deltas of the same kind are
 trained along them by the same losses: latents of the dense generation before the second step and at the end, and then not to be
-told apart from it. Same prompts, dense generations and settings as `recipes/tune_rests.py` has. Judged on captions of the test
-split, timed in turns.
+told apart from it. Same prompts, dense generations and settings as `recipes/tune_rests.py` has, whose rests had 600 iterations more
+of the first loss: the first of their stages also walks three of four steps. Judged on captions of the test split, timed in turns.
 """
 
 import argparse
@@ -139,7 +139,8 @@ def main() -> None:
                 replace(point, method=f"{point.method}-plain") if folder == args.plain else point for point in own
             ]
     results = new_results(device="cpu", split="test", feature_network="efflite0", backbone=describe(pipe))
-    results |= {"iterations": args.iterations, "trajectories": args.trajectories}
+    texture = TEXTURE | {"iterations": args.texture}
+    results |= {"iterations": args.iterations, "trajectories": args.trajectories, "texture": texture}
     data = EmojiData()
     shown = ("planned_ratio", "speedup", "psnr_to_dense", "kid", "kid_to_dense", "caption_agreement")
     for row in judge(comparison, points, data, data.captions("test")[: args.count], args.rounds):
