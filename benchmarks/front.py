@@ -28,7 +28,7 @@ from shivelight.cli.evaluate import describe
 from shivelight.demo import pipeline as embedded
 from shivelight.demo.data import EmojiData
 from shivelight.errors import BudgetError
-from shivelight.evaluation.comparison import Adapter, Comparison, OperatingPoint, Setting, point_key
+from shivelight.evaluation.comparison import Adapter, Comparison, OperatingPoint, Setting, point_key, take_clock
 from shivelight.evaluation.fidelity import IDENTICAL_PSNR
 from shivelight.evaluation.pareto import Point, front, quality_at
 from shivelight.evaluation.peers import PEERS, peer_points
@@ -163,11 +163,23 @@ def main() -> None:
         action="store_true",
         help="time what results hold anew, and draw nothing; arguments as in their command",
     )
+    parser.add_argument(
+        "--clock", type=Path, help="take times from these results of the same points; their machine was quieter"
+    )
     args = parser.parse_args()
     if args.count < FEWEST:
         parser.error(f"{args.count} captions; an interval of KID needs {FEWEST}")
     out = args.out / f"front-{args.use}.json"
-    if args.plot:
+    if args.clock is not None:
+        results, timed = read_results(out), read_results(args.clock)
+        times = {point_key(row): row for row in timed["rows"]}
+        for row in results["rows"]:
+            take_clock(row, times[point_key(row)])
+        write_results(
+            out,
+            results | {"clock": timed.get("clock", {name: timed[name] for name in ("command", "commit", "machine")})},
+        )
+    if args.plot or args.clock is not None:
         results = read_results(out)
         write_results(out, results | {"at": at_speedups(results["rows"])})
         draw(results, IMAGES / f"front-{args.use}.png")

@@ -102,12 +102,6 @@ def tuned_steps(comparison: Comparison, weights: FoldedWeights, method: str) -> 
     return replace(point, method=method, steps=len(RUNS), state=state)
 
 
-def earlier_stage(given: str) -> tuple[str, Path]:
-    """What its method's name ends in, and its folder."""
-    name, _, folder = given.partition("=")
-    return f"-{name}", Path(folder)
-
-
 def main() -> None:
     """Train, time, draw and judge; write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,7 +109,9 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
     parser.add_argument("--trajectories", type=int, default=3328)
     parser.add_argument("--texture", type=int, default=TEXTURE["iterations"], help="iterations of the second stage")
-    parser.add_argument("--earlier", nargs="*", default=[], help="NAME=FOLDER: adapters of the recipe's earlier stages")
+    parser.add_argument(
+        "--plain", type=Path, help="what the recipe's stage `two` leaves: `blocks-tuned` before it learns texture"
+    )
     parser.add_argument("--count", type=int, default=96, help="captions")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--train-only", action="store_true")
@@ -136,14 +132,12 @@ def main() -> None:
     points = [comparison.dense(), placed_steps(comparison, RUNS)]
     points += [tuned_steps(comparison, weights, method) for method, weights in tuned.items()]
     points += [comparison.training_free("blocks", compute=0.5)]
-    ours = [
-        ("", ADAPTERS / "blocks-fitted"),
-        *(earlier_stage(given) for given in args.earlier),
-        ("", ADAPTERS / "blocks-tuned"),
-    ]
-    for name, folder in ours:
-        own = adapter_points(comparison, read_adapter(pipe, folder), ablations=False, compute=COMPUTE)
-        points += [replace(point, method=point.method + name) for point in own]
+    for folder in (ADAPTERS / "blocks-fitted", args.plain, ADAPTERS / "blocks-tuned"):
+        if folder is not None:
+            own = adapter_points(comparison, read_adapter(pipe, folder), ablations=False, compute=COMPUTE)
+            points += [
+                replace(point, method=f"{point.method}-plain") if folder == args.plain else point for point in own
+            ]
     results = new_results(device="cpu", split="test", feature_network="efflite0", backbone=describe(pipe))
     texture = TEXTURE | {"iterations": args.texture}
     results |= {"iterations": args.iterations, "trajectories": args.trajectories, "texture": texture}

@@ -50,8 +50,7 @@ class Stage(NamedTuple):
 STAGES = {
     "both": Stage("blocks-fitted", None, (0.52, 0.52, 0.76), {"iterations": 700, "trajectories": 1536}),
     "two": Stage("blocks-fitted", "both", (0.52,), {"iterations": 600}),
-    "two-texture": Stage("blocks-fitted", "two", (0.52,), TEXTURE),
-    "two-texture-again": Stage("blocks-fitted", "two-texture", (0.52,), TEXTURE, "blocks-tuned"),
+    "two-texture": Stage("blocks-fitted", "two", (0.52,), TEXTURE, "blocks-tuned"),
     "part": Stage("blocks-part", "two", (0.56, 0.62, 0.52), {"iterations": 450}),
     "part-texture": Stage("blocks-part", "part", (0.56, 0.62, 0.52), TEXTURE, "blocks-part-tuned"),
 }

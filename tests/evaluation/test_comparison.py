@@ -18,7 +18,7 @@ from shivelight.adapter import install, prepare, routed_of
 from shivelight.adapter_files import read_adapter, read_deltas
 from shivelight.cost import step_flops
 from shivelight.errors import ShivelightError
-from shivelight.evaluation.comparison import Comparison, KeptTokens, OperatingPoint, Setting
+from shivelight.evaluation.comparison import Comparison, KeptTokens, OperatingPoint, Setting, take_clock
 from shivelight.evaluation.standard import (
     adapter_points,
     references,
@@ -325,3 +325,20 @@ def test_the_plan_of_what_is_attached_is_known_before_anything_was_drawn(pipe) -
     comparison = Comparison(pipe, Setting(STEPS, 3.0, 0, 2, options))
     planned = comparison.planned(comparison.routed_point("training-free-blocks", compute=0.8))
     assert planned == pytest.approx(2 / 3) and routed_of(pipe).budget.value == 0.8
+
+
+def test_a_row_takes_anothers_clock_and_nothing_else() -> None:
+    row = {
+        "latency_ms": {"median": 2.0},
+        "speedup": 1.0,
+        "kid": 0.5,
+        "ci95": {"speedup": [1.0, 1.0], "kid": [0.4, 0.6]},
+    }
+    other = {
+        "latency_ms": {"median": 1.0},
+        "speedup": 2.0,
+        "kid": 0.1,
+        "ci95": {"speedup": [1.9, 2.1], "kid": [0.0, 0.2]},
+    }
+    take_clock(row, other)
+    assert row == other | {"kid": 0.5, "ci95": {"speedup": [1.9, 2.1], "kid": [0.4, 0.6]}}

@@ -324,9 +324,7 @@ class Comparison:
         timings = self.time(chosen, rounds, progress=progress, captions=captions)
         for row, point in zip(rows, chosen, strict=True):
             clock = self.clock(timings, point, chosen[0], row.get("planned_ratio"))
-            fresh = new_row(row["method"], row["budget"], **clock)
-            ci95 = {name: interval for name, interval in row.get("ci95", {}).items() if name not in CLOCK}
-            row.update({name: fresh[name] for name in CLOCK if name in fresh}, ci95=ci95 | fresh["ci95"])
+            take_clock(row, new_row(row["method"], row["budget"], **clock))
 
     def rows(
         self,
@@ -407,3 +405,10 @@ class KeptTokens:
         flat = torch.stack([torch.stack([self.masks[step, block] for block in blocks]) for step in range(steps)])
         side = round(flat.shape[-1] ** 0.5)
         return flat.reshape(steps, len(blocks), side, side)
+
+
+def take_clock(row: dict[str, Any], other: dict[str, Any]) -> None:
+    """Replace what a row of results.json says of time by what another one of the same point says."""
+    ci95 = {name: interval for name, interval in row.get("ci95", {}).items() if name not in CLOCK}
+    ci95 |= {name: interval for name, interval in other.get("ci95", {}).items() if name in CLOCK}
+    row.update({name: other[name] for name in CLOCK if name in other}, ci95=ci95)
