@@ -251,6 +251,10 @@ class BackboneSpec:
     no_tokens: str = ""
     call_obstacle: Callable[[dict[str, Any]], str] = lambda arguments: ""
 
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a call of the backbone, by name."""
+        return dict(zip(self.model_arguments, args, strict=False)) | dict(kwargs)
+
     def block_list(self, model: nn.Module) -> list[tuple[BlockSpec, nn.Module]]:
         """The blocks of a model of this family in the order in which they run, each with its kind."""
         if self.text_length is None and any(kind.joined for kind in self.blocks):

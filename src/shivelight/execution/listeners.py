@@ -33,7 +33,7 @@ class RootHook(ModelHook):
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
         """Note the timestep, and how much text there is where blocks do not tell."""
         spec = self.routed.spec
-        arguments = dict(zip(spec.model_arguments, args, strict=False)) | kwargs
+        arguments = spec.arguments(args, kwargs)
         if self.routed.enabled:
             refuse_parallel(module)
         x = arguments.get(spec.model_arguments[0])

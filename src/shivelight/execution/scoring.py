@@ -99,18 +99,18 @@ def paired_scores(routed: Routed, block: int, x: Tensor, rank: Ranking) -> Tenso
         rank: scores the chosen samples of the batch.
     """
     context, tokens = routed.context, routed.config.tokens
-    both = tokens is not None and tokens.cfg_scores == "max"
+    highest = tokens is not None and tokens.cfg_scores == "max"
     if context.branch == "single":
         return rank(x, slice(None))
     if context.branch == "both":
         half = x.shape[0] // 2
-        if both:
+        if highest:
             scores = rank(x, slice(None))
             scores = torch.maximum(scores[:half], scores[half:])
         else:
             scores = rank(x[half:], slice(half, None))
         return torch.cat([scores, scores])
-    if both:
+    if highest:
         raise ShivelightError(
             "cfg_scores='max' needs both guidance branches in one batch, but here they are separate calls. Use "
             "cfg_scores='cond'."

@@ -23,16 +23,15 @@ def peak_memory_mb(run: Callable[[], object], device: torch.device | str) -> flo
     return torch.cuda.max_memory_allocated(device) / 1e6
 
 
-def working_memory_mb(run: Callable[[], object], device: str) -> float:
+def working_memory_mb(run: Callable[[], object], device: torch.device | str) -> float:
     """What a run needs beyond what is there before it, in units of 1e6 bytes."""
     gc.collect()
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device) / 1e6
+        peak = peak_memory_mb(run, device)
+        assert peak is not None
+        return peak - before
     with LiveTensors() as live:
         run()
     return live.most / 1e6

@@ -21,6 +21,13 @@ from shivelight.execution.routed import Routed
 from shivelight.training.deltas import LiveDeltas
 from shivelight.training.noise import noise_process
 
+# Width of a head.
+_HIDDEN = 128
+# Noise levels are drawn from 0 up to this: at low ones textures are told apart, at high ones shapes.
+_NOISIEST = 0.6
+# Weight of the squared slopes of heads at what they read.
+_PENALTY = 0.1
+
 
 class Verdict(NamedTuple):
     """What heads make of a batch.
@@ -43,9 +50,6 @@ class Discriminator(nn.Module):
         live: its deltas, off while heads read.
         scheduler: of the pipeline; says how noise is added.
         blocks: how many are read, spread evenly up to the last.
-        hidden: width of a head.
-        noisiest: noise levels are drawn from 0 up to it: at low ones textures are told apart, at high ones shapes.
-        penalty: weight of the squared slopes of heads at what they read.
     """
 
     def __init__(
@@ -54,22 +58,21 @@ class Discriminator(nn.Module):
         routed: Routed,
         live: LiveDeltas,
         scheduler: Any,
-        *,
         blocks: int = 4,
-        hidden: int = 128,
-        noisiest: float = 0.6,
-        penalty: float = 0.1,
     ) -> None:
         super().__init__()
         self._parts = routed, live  # in a tuple, where no submodules are looked for
         self._ask: tuple[Any, ...] = (backbone, scheduler)
-        self._noise, self._noisiest, self._penalty = noise_process(scheduler), noisiest, penalty
+        self._noise = noise_process(scheduler)
         width, routes = routed.spec.widths(backbone)[0], routed.routed
         count = min(blocks, len(routes))
         self.blocks = tuple(routes[len(routes) * (place + 1) // count - 1] for place in range(count))
         self.heads = nn.ModuleList(
             nn.Sequential(
-                nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1)
+                nn.LayerNorm(width, elementwise_affine=False),
+                nn.Linear(width, _HIDDEN),
+                nn.SiLU(),
+                nn.Linear(_HIDDEN, 1),
             )
             for _ in self.blocks
         ).to(next(backbone.parameters()).device)
@@ -79,11 +82,11 @@ class Discriminator(nn.Module):
     def listening(self) -> Iterator[None]:
         """As the pipeline asks the backbone at the first step meanwhile, heads will ask it: prompts and sizes are in that."""
         backbone, _ = self._ask
-        names = self._parts[0].spec.model_arguments
+        spec = self._parts[0].spec
         self._asked = {}
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            self._asked = self._asked or dict(zip(names, args, strict=False)) | dict(kwargs)
+            self._asked = self._asked or spec.arguments(args, kwargs)
 
         handle = backbone.register_forward_pre_hook(note, with_kwargs=True)
         try:
@@ -99,7 +102,7 @@ class Discriminator(nn.Module):
             dense: [B, ...], that of the same prompts and noise.
             generator: of noise.
         """
-        sigmas = self._noisiest * torch.rand(len(routed), generator=generator)
+        sigmas = _NOISIEST * torch.rand(len(routed), generator=generator)
         noise = torch.randn(routed.shape, generator=generator)
         sigmas, noise = sigmas.to(routed.device), noise.to(routed.device)
         made = routed.detach().float().requires_grad_()
@@ -115,7 +118,7 @@ class Discriminator(nn.Module):
             margins = self._margins(true, false)
             slopes = torch.autograd.grad(margins.sum(), (*true, *false), create_graph=True)
             steep = torch.stack([each.square().sum(-1).mean() for each in slopes]).mean()
-            (softplus(-margins).mean() + self._penalty * steep).backward()
+            (softplus(-margins).mean() + _PENALTY * steep).backward()
         return Verdict(slope / slope.norm().clamp_min(1e-12), float((margins > 0).float().mean()))
 
     def _features(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> list[Tensor]:

@@ -124,7 +124,7 @@ class Passes:
         """Follow every call; `begin` is told whether a new generation starts with it, `end` comes after it."""
 
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self.arguments = dict(zip(self._spec.model_arguments, args, strict=False)) | kwargs
+            self.arguments = self._spec.arguments(args, kwargs)
             time = self.arguments.get(self._spec.timestep_argument)
             self.context = self._clock.tick(
                 None if time is None else self._spec.sample_times(time) * self._spec.timestep_scale
