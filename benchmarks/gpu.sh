@@ -5,7 +5,7 @@
 #   benchmarks/gpu.sh sd3          # SD3.5-Medium 1024 x 1024
 #   benchmarks/gpu.sh flux         # FLUX.1-dev 1024 x 1024
 #   benchmarks/gpu.sh qwen         # Qwen-Image 1328 x 1328
-#   benchmarks/gpu.sh pixart       # PixArt-Sigma 1024 x 1024, batch 1 and 8
+#   benchmarks/gpu.sh pixart       # PixArt-Sigma 1024 x 1024, batch 1 and 8, and batch 1 as CUDA graphs
 #   benchmarks/gpu.sh hunyuan3d    # Hunyuan3D-2.0 (needs hy3dgen)
 #   benchmarks/gpu.sh scaling      # latency and memory against tokens, blocks, batch and steps
 #   benchmarks/gpu.sh budgets      # asked against realised: speedup= and latency_ms=
@@ -18,9 +18,9 @@ OUT=${OUT:-benchmarks/results}
 mkdir -p "$OUT"
 export PYTHONPATH=src:/tmp/site PYTHONUNBUFFERED=1 TRANSFORMERS_VERBOSITY=error
 steps=${STEPS:-10} rounds=${ROUNDS:-7}
-small=() compile=(--compile)
+small=() compile=(--compile) graphs=(--cuda-graphs)
 if [ -n "${TINY:-}" ]; then
-    small=(--blocks 2 --tokens 64 --dtype float32) steps=4 rounds=2 compile=()
+    small=(--blocks 2 --tokens 64 --dtype float32) steps=4 rounds=2 compile=() graphs=()
 fi
 
 # Arguments: the name in the file, the preset, further options.
@@ -38,6 +38,8 @@ flux) measure flux flux1-dev --keep 0.8 0.6 --compute 0.76 0.6 0.5 "${peers[@]}"
 qwen) measure qwen qwen-image --compute 0.6 0.5 --keep 0.6 "${peers[@]}" ;;
 pixart)
     measure pixart pixart-sigma-1024 --batch 2 --keep 0.8 --compute 0.83 0.6 "${peers[@]}"
+    # Peers look at the data, which a graph cannot.
+    measure pixart-graphs pixart-sigma-1024 --batch 2 --keep 0.8 --compute 0.83 0.6 "${graphs[@]}"
     measure pixart-8 pixart-sigma-1024 --batch 16 --keep 0.8 --compute 0.83 0.6
     ;;
 hunyuan3d) measure hunyuan3d hunyuan3d-2 --batch 2 --compute 0.6 0.5 ;;

@@ -44,6 +44,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--most", type=int, default=16384, help="tokens")
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(SIZES), help="what grows; rows of the others stay as they are"
+    )
     parser.add_argument("--draw", action="store_true", help="draw what is there anew, and time nothing")
     parser.add_argument("--tiny", action="store_true", help="two sizes of each, to see that it runs")
     args = parser.parse_args()
@@ -55,9 +58,14 @@ def main() -> None:
     common.keep_freed_memory()
     device = common.DEFAULT_DEVICE
     results = new_results(device=device, backbone={"class": "SD3Transformer2DModel", "width": args.width})
+    if args.only:
+        kept = read_results(args.out)
+        results["rows"] = [row for row in kept["rows"] if row["axis"] not in args.only]
+        results["kept"] = {name: kept[name] for name in ("command", "commit", "machine")}
     sizes = {
         axis: tuple(value for value in values if axis != "tokens" or value <= args.most)
         for axis, values in (TINY if args.tiny else SIZES).items()
+        if axis in (args.only or SIZES)
     }
     with common.progress_bar("scaling", sum(map(len, sizes.values()))) as advance:
         for axis, values in sizes.items():
@@ -65,7 +73,7 @@ def main() -> None:
                 results["rows"] += measure(axis, value, args.width, args.rounds, device)
                 write_results(args.out, results)
                 advance(f"{axis} {value}")
-    results["exponents"] = {axis: exponents(results["rows"], axis) for axis in sizes}
+    results["exponents"] = {axis: exponents(results["rows"], axis) for axis in SIZES}
     write_results(args.out, results)
     draw(results["rows"], results["exponents"]).savefig(args.plot, dpi=110)
     for axis, fitted in results["exponents"].items():
@@ -126,7 +134,7 @@ def draw(rows: Sequence[dict[str, Any]], fitted: dict[str, dict[str, float]]) ->
                 panel.plot([row["size"] for row in own], values, marker="o", markersize=3, linewidth=1.2, label=told)
             sizes = sorted({row["size"] for row in rows if row["axis"] == axis})
             panel.set_xscale("log")
-            panel.set_xticks(sizes, [str(size) for size in sizes])
+            panel.set_xticks(sizes, [f"{size // 1024}k" if size >= 1024 else str(size) for size in sizes])
             panel.set_xticks([], minor=True)
             panel.set_yscale("log")
             low, high = panel.get_ylim()

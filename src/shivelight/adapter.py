@@ -14,6 +14,7 @@ from shivelight.execution.attachment import check_named, compile_blocks, put_on,
 from shivelight.execution.compiled import CompiledRegions, Lengths
 from shivelight.execution.context import Branch
 from shivelight.execution.folding import Delta
+from shivelight.execution.replay import Replays
 from shivelight.execution.routed import NAME, Routed
 
 
@@ -111,7 +112,7 @@ def branch(model: Any, name: Branch) -> Iterator[Any]:
         yield model
 
 
-def compile(model: Any, *, lengths: Lengths = "auto", **options: Any) -> Any:
+def compile(model: Any, *, lengths: Lengths = "auto", cuda_graphs: bool = False, **options: Any) -> Any:
     """Run the blocks of an attached model as compiled graphs, routed and dense; the decisions around them stay Python.
 
     Graphs are compiled when a generation first needs them, shared by blocks of one kind, kept on disk by torch, and reported by
@@ -121,6 +122,10 @@ def compile(model: Any, *, lengths: Lengths = "auto", **options: Any) -> Any:
         model: an attached pipeline or transformer; not one that `torch.compile` has wrapped as a whole.
         lengths: how blocks on fewer tokens are compiled. "static": a graph for each number of tokens, which are then rounded to
             32nds of all, so that there are few. "dynamic": one graph for any number. "auto" measures which is faster.
+        cuda_graphs: record each step's pass of the backbone as a CUDA graph, and replay it without Python: for small models, whose
+            kernels are shorter than what launches them. The first generation of a kind (shapes, steps, budget) runs as it is, the
+            second is recorded, and those of the last four kinds keep the memory of their passes. Where samples decide for
+            themselves, and off CUDA, passes run as they are.
         options: of `torch.compile`, such as mode="max-autotune-no-cudagraphs"; fullgraph=True by default.
 
     Returns:
@@ -136,7 +141,9 @@ def compile(model: Any, *, lengths: Lengths = "auto", **options: Any) -> Any:
             "This model was compiled as a whole by torch.compile, which would trace the routing too. Give the model itself "
             "(`model._orig_mod`) to the pipeline, and to shivelight.compile."
         )
-    compile_blocks(backbone_of(model), routed_of(model), CompiledRegions(lengths, options))
+    routed = routed_of(model)
+    replays = Replays(routed) if cuda_graphs else None
+    compile_blocks(backbone_of(model), routed, CompiledRegions(lengths, options), replays)
     return model
 
 

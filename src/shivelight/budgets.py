@@ -280,6 +280,8 @@ def summary(model: Any) -> str:
         lines.append(f"realised by the last generation: {routed.spending.ratio:.4f} of dense ({acted})")
     if isinstance(routed.regions, CompiledRegions):
         lines.append(f"compiled: {routed.regions}")
+    if routed.replays is not None:
+        lines.append(f"CUDA graphs: {routed.replays}")
     if tokens is not None and not (budget.timed and planned is None):
         lines.append(f"schedule: {current_schedule(backbone)}")
     return "\n".join(lines)

@@ -90,3 +90,8 @@ def test_several_numbers_after_one_option_are_that_option_repeated() -> None:
         ["train", "pictures", "--size", "3"],
     ):
         assert spread(left) == left
+
+
+def test_cuda_graphs_are_of_compiled_blocks_on_cuda() -> None:
+    done = CliRunner().invoke(app, ["bench", "--random-weights", "--compile", "--cuda-graphs", "--device", "cpu"])
+    assert done.exit_code == 2 and "CUDA graphs are of compiled blocks" in done.output.replace("\n", " ")

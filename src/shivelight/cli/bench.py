@@ -55,6 +55,12 @@ def bench(
             "--compile", help="Compile the blocks, dense and routed alike, and time torch.compile's own way too."
         ),
     ] = False,
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graphs", help="With --compile: replay each step's pass as one CUDA graph, dense and routed alike."
+        ),
+    ] = False,
     seed: common.SeedOption = 0,
     device: common.DeviceOption = common.DEFAULT_DEVICE,
     json: common.JsonOption = None,
@@ -68,6 +74,8 @@ def bench(
     if not backbone and (left := [name for name in PRESETS if name not in names]):
         common.say("; ".join(f"{name} is left out: {read_preset(name).missing}" for name in left))
     check_names(peers or [])
+    if cuda_graphs and not (compile_blocks and torch.device(device).type == "cuda"):
+        raise typer.BadParameter("CUDA graphs are of compiled blocks on a CUDA device.", param_hint="--cuda-graphs")
     if not random_weights:
         if compute or peers:
             option = "--compute" if compute else "--peers"
@@ -89,7 +97,7 @@ def bench(
             preset.build(device, kind, blocks), batch, tokens or preset.image_tokens, preset.text_tokens, steps, seed
         )
         if compile_blocks:
-            loop.compile()
+            loop.compile(cuda_graphs=cuda_graphs)
         points, reasons = bare_points(loop, keep or ([] if compute else [0.8, 0.6]), compute or [])
         if peers:
             found, more = peer_points(loop, peers)
@@ -102,7 +110,7 @@ def bench(
         }  # fmt: skip
         if blocks is not None:
             described["blocks_of_a_kind"] = blocks
-        with common.progress_bar(name, (rounds + 1) * (1 + compile_blocks + len(points))) as advance:
+        with common.progress_bar(name, (rounds + 1 + cuda_graphs) * (1 + compile_blocks + len(points))) as advance:
             timed = timed_rows(loop, points, rounds, seed, advance, described)
         if loop.regions is not None:
             common.say(f"{preset.title}: {loop.regions}")

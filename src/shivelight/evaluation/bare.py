@@ -23,6 +23,7 @@ from shivelight.evaluation.comparison import OperatingPoint
 from shivelight.evaluation.results import new_row
 from shivelight.execution.attachment import compile_blocks
 from shivelight.execution.compiled import CompiledRegions, Lengths
+from shivelight.execution.replay import Replays
 from shivelight.measurement.latency import interleave, synchronize
 from shivelight.measurement.memory import peak_memory_mb
 
@@ -49,14 +50,15 @@ class BareLoop:
         reference = next(model.parameters())
         self.call = example_call(model, self.spec, samples, tokens, text_tokens, seed)
         self.regions: CompiledRegions | None = None
+        self.cuda_graphs = False
         self._first = self.spec.model_arguments[0]
         self._times = torch.zeros(samples, device=reference.device)
         self._dense: Callable[[], AbstractContextManager[None]] | None = None
         self._whole: Any = None
 
-    def compile(self, lengths: Lengths = "auto", **options: Any) -> None:
+    def compile(self, lengths: Lengths = "auto", cuda_graphs: bool = False, **options: Any) -> None:
         """Compile the backbone's blocks in every state; arguments as for `shivelight.compile`."""
-        self.regions = CompiledRegions(lengths, options)
+        self.regions, self.cuda_graphs = CompiledRegions(lengths, options), cuda_graphs
 
     def attached(self, config: RoutingConfig, enabled: bool = True) -> Callable[[], AbstractContextManager[None]]:
         """A state in which the backbone is routed so, by fresh routers, or only hooked; compiled where the loop is."""
@@ -71,7 +73,7 @@ class BareLoop:
         @contextmanager
         def state() -> Iterator[None]:
             if self.regions is not None and routed.regions is not self.regions:
-                compile_blocks(self.transformer, routed, self.regions)
+                compile_blocks(self.transformer, routed, self.regions, Replays(routed) if self.cuda_graphs else None)
             install(self, routed, {})
             routed.enable(enabled)
             try:
@@ -95,6 +97,8 @@ class BareLoop:
         model = self.transformer
         if self._whole is None:
             options = {} if self.regions is None else self.regions.options
+            if self.cuda_graphs:
+                options = {"mode": "reduce-overhead", **options}
             self._whole = torch.compile(model, **{**options, "fullgraph": False, "dynamic": False})
         self.transformer = self._whole
         try:
@@ -176,8 +180,9 @@ def timed_rows(
     if loop.regions is not None:
         points.append(OperatingPoint("dense", {"whole": 1}, loop.steps, loop.whole, peer=True))
     device = next(loop.transformer.parameters()).device
+    warmup = 2 if loop.cuda_graphs else 1  # what is recorded is so at the second run
     timings = interleave(
-        {point.name: loop for point in points}, rounds, 1, synchronize(device), None, progress,
+        {point.name: loop for point in points}, rounds, warmup, synchronize(device), None, progress,
         {point.name: point.state for point in points},
     )  # fmt: skip
     rows = []
@@ -191,7 +196,7 @@ def timed_rows(
                 point.method, point.budget, planned_ratio=planned, latency_ms=timings.latency_ms(point.name), speedup=speedup,
                 efficiency=None if speedup is None or planned is None else speedup.value * planned, peak_memory_mb=peak,
                 steps=point.steps, batch=loop.samples, dtype=str(loop.transformer.dtype).removeprefix("torch."),
-                compiled=loop.regions is not None,
+                compiled=loop.regions is not None, cuda_graphs=loop.cuda_graphs or None,
                 **described or {},
             )
         )  # fmt: skip

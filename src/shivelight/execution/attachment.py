@@ -20,6 +20,7 @@ from shivelight.errors import UnsupportedBackboneError
 from shivelight.execution.compiled import CompiledRegions
 from shivelight.execution.hook import BlockHook, WholeHook
 from shivelight.execution.listeners import ActivationHook, EmbeddingHook, RootHook, refuse_parallel
+from shivelight.execution.replay import Replays
 from shivelight.execution.routed import NAME, Routed
 
 # What enable_layerwise_casting leaves alone, in diffusers' models.
@@ -123,9 +124,12 @@ def _register_hooks(backbone: nn.Module, routed: Routed, spec: BackboneSpec) -> 
     ]
 
 
-def compile_blocks(backbone: nn.Module, routed: Routed, regions: CompiledRegions) -> None:
-    """Run all blocks as these compiled graphs from now on, while `routed` is on the backbone."""
-    routed.regions = regions
+def compile_blocks(
+    backbone: nn.Module, routed: Routed, regions: CompiledRegions, replays: Replays | None = None
+) -> None:
+    """Run all blocks as these compiled graphs from now on, while `routed` is on the backbone; with replays, whole passes of it as
+    recorded."""
+    routed.regions, routed.replays = regions, replays
     # A block that holds an embedder we listen to (DiT's first) would be compiled anew at each attach.
     heard = {routed.spec.timestep_embedding, routed.spec.condition_embedding} - {None}
     listened = {backbone.get_submodule(path) for path in heard if path is not None}

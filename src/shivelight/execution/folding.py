@@ -81,6 +81,13 @@ class FoldedWeights:
             self._spare[name], weight.data = weight.data, spare
         self.active = active
 
+    def places(self) -> dict[int, tuple[int, ...]]:
+        """Where both sets lie, by the id of the parameter: the same whichever is in place."""
+        return {
+            id(linear.weight): tuple(sorted((linear.weight.data_ptr(), self._spare[name].data_ptr())))
+            for name, linear in self._linears.items()
+        }
+
     def originals(self) -> dict[str, Tensor]:
         """The backbone's own weights by name, wherever they are now."""
         if not self.active:

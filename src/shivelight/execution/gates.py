@@ -93,6 +93,15 @@ class Spending:
             self.flops += cost
             shares.append(cost / dense)
 
+    def include(self, other: "Spending") -> None:
+        """Add what was counted apart."""
+        self.flops += other.flops
+        self.dense += other.dense
+        for action, count in other.actions.items():
+            self.actions[action] += count
+        for place, shares in other.shares.items():
+            self.shares.setdefault(place, []).extend(shares)
+
     @property
     def ratio(self) -> float | None:
         """Realised cost over dense; None before the first pass."""

@@ -50,6 +50,11 @@ class RootHook(ModelHook):
             self.routed.context.text_tokens = spec.text_length(arguments)
         return args, kwargs
 
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """In the place of the backbone's forward."""
+        forward, replays = self.fn_ref.original_forward, self.routed.replays
+        return forward(*args, **kwargs) if replays is None else replays(module, forward, args, kwargs)
+
     def reset_state(self, module: nn.Module) -> nn.Module:
         """A generation has ended."""
         self.routed.reset()

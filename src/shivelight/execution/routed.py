@@ -96,6 +96,8 @@ class Routed(nn.Module):
         self.reset_function: Callable[[], None] | None = None
         self.never_cast: tuple[str, ...] = ()
         self.regions = Regions()
+        # Takes the backbone's forward and its arguments, in its place.
+        self.replays: Callable[[nn.Module, Callable[..., Any], tuple, dict[str, Any]], Any] | None = None
         self._scorer = TokenScorer()
 
     def __deepcopy__(self, memo: dict) -> NoReturn:
@@ -120,9 +122,7 @@ class Routed(nn.Module):
                 "attach (or load the adapter) then; or offload whole models, or groups at block level."
             )
         generation = self.context.generation
-        context = self.clock.tick(
-            None if timestep is None else self.spec.sample_times(timestep) * self.spec.timestep_scale
-        )
+        context = self.clock.tick(self._sample_times(timestep))
         context.given_timestep = timestep
         if context.generation != generation:
             self._forget()
@@ -131,6 +131,18 @@ class Routed(nn.Module):
         for gates in (self.gates, self.stale):
             if gates is not None:
                 gates.begin(context)
+
+    def _sample_times(self, timestep: Tensor | None) -> Tensor | None:
+        return None if timestep is None else self.spec.sample_times(timestep) * self.spec.timestep_scale
+
+    def note_time(self, timestep: Tensor | None) -> None:
+        """The pass that has begun is given its timestep in this tensor."""
+        self.context.timestep, self.context.given_timestep = self._sample_times(timestep), timestep
+
+    def note(self, load: Load) -> None:
+        """What the passes of this generation hold is known."""
+        self.shape, self.shape_seen = (load.tokens, load.text_tokens), True
+        self.settling.begin(load)
 
     def reset(self) -> None:
         """The next pass starts from nothing."""
@@ -359,6 +371,11 @@ class Routed(nn.Module):
         return found
 
     @property
+    def asked(self) -> tuple[Request, Schedule, GatePlan | StalePlan | None]:
+        """The request of a generation of what passes hold now, its schedule and the plan of its blocks."""
+        return self._asked(*self.shape)
+
+    @property
     def samples_decide(self) -> bool:
         """Whether what blocks do depends on the samples, and not on the plan alone."""
         return self.gates is not None and self.gates.config.decide != "static" and not self.budget.everything
@@ -377,7 +394,7 @@ class Routed(nn.Module):
 
     def distinct_counts(self) -> int:
         """How many numbers of tokens blocks run on in this generation."""
-        return len({count for row in self._asked(*self.shape)[1].keep for count in row})
+        return len({count for row in self.asked[1].keep for count in row})
 
     def remember(self, block: int, x: Tensor, text: Tensor | None) -> BlockResiduals | None:
         """The residuals of a block that is about to do what was decided in this pass, new ones where there are none; None where
@@ -386,7 +403,7 @@ class Routed(nn.Module):
             return None
         assert self.config.reuse is not None
         assert self.context.steps is not None
-        horizon, plan = self.config.reuse.horizon(len(self.context.steps)), self._asked(*self.shape)[2]
+        horizon, plan = self.config.reuse.horizon(len(self.context.steps)), self.asked[2]
         place, text = self._place(block, text)
         remembers = self.fitting is not None or (isinstance(plan, StalePlan) and plan.stand_ins > 0)
         return self.residuals.enter(place, x, text, horizon, remembers)
@@ -394,7 +411,7 @@ class Routed(nn.Module):
     @property
     def rests(self) -> RestPlan:
         """Which steps of this generation run, where all blocks run or rest together."""
-        plan, steps = self._asked(*self.shape)[2], len(self.context.steps or GRID)
+        plan, steps = self.asked[2], len(self.context.steps or GRID)
         if not isinstance(plan, StalePlan):  # every block runs
             return RestPlan(steps, tuple(range(steps)))
         assert plan.rests is not None
@@ -403,7 +420,7 @@ class Routed(nn.Module):
     @property
     def fitted(self) -> StandInMaps | None:
         """What was fitted, where this generation pays for it."""
-        plan = None if self.stand_ins is None else self._asked(*self.shape)[2]
+        plan = None if self.stand_ins is None else self.asked[2]
         return self.stand_ins if isinstance(plan, StalePlan) and plan.stand_ins else None
 
     def _fitted_flops(self, tokens: int) -> int:
@@ -448,8 +465,7 @@ class Routed(nn.Module):
 
     def kept_counts(self, block: int, batch: int, tokens: int, text_tokens: int) -> tuple[int, ...]:
         """How many tokens each sample keeps in this block now: one number where all agree, else one for each sample."""
-        self.shape, self.shape_seen = (tokens, text_tokens), True
-        self.settling.begin(Load(tokens, text_tokens, batch, self.context.branch))
+        self.note(Load(tokens, text_tokens, batch, self.context.branch))
         if self.in_force.everything or self.config.tokens is None:
             return (tokens,)
         place = block - self.routed[0]
