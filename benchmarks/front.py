@@ -114,7 +114,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             best = front(points, metric.higher_is_better)
             ours, style = (
                 is_ours(method)
-                and method.startswith(("training-free", "blocks-fitted", "blocks-tuned", "blocks-part")),
+                and method.startswith(("training-free", "blocks-fitted", "blocks-tuned", "blocks-part", "blocks-rear")),
                 styles[method],
             )
             place.plot(

@@ -1,6 +1,6 @@
 """Fit what stands in for the blocks at steps at rest: `demo/adapters/blocks-fitted` for the embedded pipeline at 25 and 8
 steps, and `demo/few-step/adapters/blocks-fitted` for its distilled form at 4 and 3; `blocks-part` there runs a part of the tokens
-at one more.
+at one more, `blocks-rear` the last blocks.
 
     python recipes/fit_rests.py      # no gradients
 
@@ -10,6 +10,7 @@ Prompts are captions of the training split.
 import argparse
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -18,26 +19,29 @@ from shivelight.cli import common
 from shivelight.demo import pipeline as embedded
 from shivelight.demo.data import EmojiData
 
-NAME, PARTIAL = "blocks-fitted", "blocks-part"
+NAME, PARTIAL, REAR = "blocks-fitted", "blocks-part", "blocks-rear"
+Part = Literal["", "tokens", "rear"]
 # (steps, budgets) of each pipeline; with many steps a map has little to add to what each channel says of itself.
 TEACHER = ((8, (0.75, 0.5)), (25, (0.7, 0.5)))
 FEW = ((embedded.FEW_STEPS, (0.75, 0.5, 0.25)), (embedded.FEW_STEPS - 1, (0.67, 0.34)))
 PART = ((embedded.FEW_STEPS, (0.88, 0.75, 0.65, 0.5)),)
+# Three of four steps, two, and two with four or three of eight blocks at one more.
+ENDS = ((embedded.FEW_STEPS, (0.75, 0.64, 0.6, 0.5)),)
 
 
-def fit(few: bool, prompts: list[str], rank: int, out: Path, device: str, partial: bool = False) -> None:
+def fit(few: bool, prompts: list[str], rank: int, out: Path, device: str, partial: Part = "") -> None:
     """One adapter."""
     pipe = (embedded.load_few_step if few else embedded.load_pipeline)(device)
-    sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks", partial=partial))
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks", partial=partial or False))
     guidance = 1.0 if few else embedded.GUIDANCE
     began, said = time.perf_counter(), []
-    for steps, computes in (PART if partial else FEW) if few else TEACHER:
+    for steps, computes in {"": FEW, "tokens": PART, "rear": ENDS}[partial] if few else TEACHER:
         for fitted in sl.fit_stand_ins(
             pipe, prompts, steps=steps, computes=computes, guidance=guidance, rank=rank,
             max_sequence_length=embedded.TEXT_TOKENS,
         ):  # fmt: skip
             left = [round(share, 3) for share in fitted.left]
-            plan = {"runs": list(fitted.plan.runs), "partial": fitted.plan.partial}
+            plan = {"runs": list(fitted.plan.runs), "partial": fitted.plan.partial, "rear": fitted.plan.rear}
             said.append({"steps": steps, **plan, "compute": fitted.compute, "left": left})
             print(said[-1], f"{time.perf_counter() - began:.0f} s", flush=True)
     training = {"command": "recipes/fit_rests.py", "prompts": len(prompts), "guidance": guidance, "fitted": said}
@@ -45,7 +49,7 @@ def fit(few: bool, prompts: list[str], rank: int, out: Path, device: str, partia
 
 
 def main() -> None:
-    """Fit all three."""
+    """Fit all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--few", type=int, default=192, help="prompts for the few steps; 0 leaves them out")
     parser.add_argument("--teacher", type=int, default=48, help="prompts for the teacher; 0 leaves it out")
@@ -57,7 +61,8 @@ def main() -> None:
     if args.few:
         chosen, folder = [captions[place] for place in order[: args.few]], embedded.FEW_STEP / "adapters"
         fit(True, chosen, 64, folder / NAME, args.device)
-        fit(True, chosen, 64, folder / PARTIAL, args.device, partial=True)
+        fit(True, chosen, 64, folder / PARTIAL, args.device, "tokens")
+        fit(True, chosen, 64, folder / REAR, args.device, "rear")
     if args.teacher:
         folder = embedded.ADAPTER.parent / NAME
         fit(False, [captions[place] for place in order[: args.teacher]], 16, folder, args.device)

@@ -1,11 +1,12 @@
 """Tune deltas around steps at rest of the distilled pipeline: `demo/few-step/adapters/blocks-tuned` on top of `blocks-fitted`, and
-`blocks-part-tuned`, which goes on from it, on top of `blocks-part`.
+`blocks-part-tuned` and `blocks-rear-tuned`, which go on from it, on top of `blocks-part` and `blocks-rear`.
 
     python recipes/tune_rests.py      # over four hours on 2 cores; goes on where it stopped
 
 Prompts are captions of the training split, each walked from noise of its own (few generations are learned by heart): first at two
 and three of four steps, then at two alone, where those of `blocks-tuned` are in force. Those of `blocks-part-tuned` go on at two
-with and without a part of the tokens at one more. In the end both learn not to be told apart from dense generations.
+with and without a part of the tokens at one more, those of `blocks-rear-tuned` at two with the last blocks at one more. In the
+end all learn not to be told apart from dense generations.
 """
 
 import argparse
@@ -51,6 +52,9 @@ STAGES = {
     "both": Stage("blocks-fitted", None, (0.52, 0.52, 0.76), {"iterations": 700, "trajectories": 1536}),
     "two": Stage("blocks-fitted", "both", (0.52,), {"iterations": 600}),
     "two-texture": Stage("blocks-fitted", "two", (0.52,), TEXTURE, "blocks-tuned"),
+    "rear": Stage(
+        "blocks-rear", "two-texture", (0.6, 0.63), TEXTURE | {"iterations": 400, "lr": 4e-4}, "blocks-rear-tuned"
+    ),
     "part": Stage("blocks-part", "two", (0.56, 0.62, 0.52), {"iterations": 450}),
     "part-texture": Stage("blocks-part", "part", (0.56, 0.62, 0.52), TEXTURE, "blocks-part-tuned"),
 }
@@ -60,7 +64,7 @@ def main() -> None:
     """Tune, and put the adapters where they are shipped from."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/tune-rests"))
-    parser.add_argument("--out", type=Path, default=ADAPTERS, help="folder of both")
+    parser.add_argument("--out", type=Path, default=ADAPTERS, help="folder of all")
     parser.add_argument("--device", default=common.DEFAULT_DEVICE)
     args = parser.parse_args()
     common.quiet_libraries()

@@ -265,7 +265,8 @@ def summary(model: Any) -> str:
             f"{routed.residuals.megabytes:.1f} MB held of at most {reuse.max_cache_mb:g}"
         )
     if (stand_ins := routed.config.stand_ins) is not None:
-        lines.append(f"at rest: maps of rank {stand_ins.rank} where so many steps run: {_runs_of(stand_ins.plans)}")
+        fitted = ", ".join(map(told_runs, stand_ins.plans))
+        lines.append(f"at rest: maps of rank {stand_ins.rank} where so many steps run: {fitted}")
     gates = "" if budget.threshold is None else f", threshold = {budget.threshold}"
     planned = planned_ratio(backbone)
     unknown = "known once a picture was made" if budget.timed else "unknown (no statistics of the routers)"
@@ -289,11 +290,14 @@ def summary(model: Any) -> str:
 
 def _in_force(routed: Routed) -> str:
     deltas = routed.config.deltas
-    return "" if deltas is None or not deltas.plans else f", in force where so many steps run: {_runs_of(deltas.plans)}"
+    plans = () if deltas is None else deltas.plans
+    return f", in force where so many steps run: {', '.join(map(told_runs, plans))}" if plans else ""
 
 
-def _runs_of(plans: Sequence[RestPlan]) -> str:
-    return ", ".join(f"{len(plan.runs)}{' and a part' if plan.partial else ''} of {plan.steps}" for plan in plans)
+def told_runs(plan: RestPlan) -> str:
+    """Which steps of a generation run, in words."""
+    part = " and a part" if plan.partial and not plan.rear else f" and {plan.rear} blocks" if plan.rear else ""
+    return f"{len(plan.runs)}{part} of {plan.steps}"
 
 
 def _comes_to(routed: Routed) -> str:

@@ -98,8 +98,9 @@ class BlockRouting:
             block runs. The older the residual, the sooner the gate opens. Needs `RoutingConfig.reuse`.
         share: of a `compute` budget over tokens and blocks together, compute^share is left to blocks and widths, the rest
             to tokens.
-        partial: with router="interval", where nothing is forecast (8 steps and fewer): what whole steps leave of the budget lets
-            some tokens run at one step at rest, those for which what stands in is worst.
+        partial: with router="interval", where nothing is forecast (8 steps and fewer): what whole steps leave of the budget is
+            spent at one step at rest. "tokens" (or True): all blocks run on those tokens for which what stands in is worst.
+            "rear": the last blocks run on all tokens, and what stands in takes the place of the first alone.
     """
 
     router: Literal["lean", "elastic-dit", "interval", "age", "drift"] = "lean"
@@ -113,9 +114,15 @@ class BlockRouting:
     decide: Literal["block", "step", "static"] = "block"
     closed: Literal["pass", "reuse"] = "pass"
     share: float = 0.5
-    partial: bool = False
+    partial: bool | Literal["tokens", "rear"] = False
 
     def __post_init__(self) -> None:
+        if self.partial is True:
+            object.__setattr__(self, "partial", "tokens")
+        _require(
+            self.partial in (False, "tokens", "rear"),
+            f"BlockRouting.partial is {self.partial!r}; one of False, 'tokens', 'rear'.",
+        )
         for name in ("bottleneck", "modulation_rank", "token_stride"):
             _integer(f"BlockRouting.{name}", getattr(self, name))
             _require(getattr(self, name) >= 1, f"BlockRouting.{name} is {getattr(self, name)}; give at least 1.")
@@ -163,13 +170,15 @@ class RestPlan:
         steps: of sampling.
         runs: those, from 0 on, at which all blocks run; the first is among them.
         passes: of the backbone in each step; two where guidance runs its branches as separate calls.
-        partial: the step at rest at which they run on some tokens; 0 where there is none.
+        partial: the step at rest at which they run in part; 0 where there is none.
+        rear: how many of the last blocks run there, on all tokens; 0 where all of them do, on some.
     """
 
     steps: int
     runs: tuple[int, ...]
     passes: int = 1
     partial: int = 0
+    rear: int = 0
 
     def __post_init__(self) -> None:
         _integer("RestPlan.steps", self.steps)
@@ -189,23 +198,36 @@ class RestPlan:
             self.partial == 0 or (0 < self.partial < self.steps and self.partial not in self.runs),
             f"RestPlan.partial is {self.partial}, where {self.runs} of {self.steps} steps run; give another of them, or 0.",
         )
+        _integer("RestPlan.rear", self.rear)
+        _require(
+            self.rear == 0 or (self.rear > 0 and self.partial > 0),
+            f"RestPlan.rear is {self.rear}, of step {self.partial}; give so many blocks of a step in part, or 0.",
+        )
 
     @property
-    def key(self) -> tuple[int, tuple[int, ...], int]:
-        """What tells plans apart: steps, those that run, and the one that runs in part."""
-        return self.steps, self.runs, self.partial
+    def key(self) -> tuple[int, tuple[int, ...], int, int]:
+        """What tells plans apart: steps, those that run, the one that runs in part, and what of it."""
+        return self.steps, self.runs, self.partial, self.rear
 
     def like(self, other: "RestPlan") -> bool:
         """Whether the same of as many steps run."""
         return self.key == other.key
 
     def feeds_part(self, step: int) -> bool:
-        """Whether the step that runs in part attends to what this one computes: the last run before it."""
-        return self.partial > 0 and step == max(run for run in self.runs if run < self.partial)
+        """Whether tokens of the step that runs in part attend to what this one computes: the last run before it."""
+        return self.partial > 0 == self.rear and step == max(run for run in self.runs if run < self.partial)
+
+    def feeds_rear(self, step: int) -> bool:
+        """Whether what stands in for the first blocks, where the last alone run, is worked out from what this step computes."""
+        return self.rear > 0 and step in self.runs and step < self.partial
 
     def computes(self, step: int) -> bool:
-        """Whether blocks run at a step, on all tokens or some."""
+        """Whether blocks run at a step, all of them or some, on all tokens or some."""
         return step in self.runs or step == self.partial > 0
+
+    def rear_at(self, step: int) -> int:
+        """How many of the last blocks run alone at a step; 0 where it is none of that kind."""
+        return self.rear if step == self.partial > 0 else 0
 
 
 @dataclass(frozen=True)
@@ -398,7 +420,7 @@ class RoutingConfig:
         """Kept counts of tokens are multiples of this (see `TokenRouting`); 0 where no tokens are left out."""
         if self.tokens is not None:
             return self.tokens.granularity
-        return TokenRouting.granularity if self.blocks is not None and self.blocks.partial else 0
+        return TokenRouting.granularity if self.blocks is not None and self.blocks.partial == "tokens" else 0
 
     @property
     def closed_reuse(self) -> bool:
@@ -408,7 +430,7 @@ class RoutingConfig:
     @classmethod
     def training_free(
         cls, keep: float = 0.6, *, compute: float | None = None, axis: Literal["tokens", "blocks", "both"] = "tokens",
-        partial: bool = False, **reuse: Any,
+        partial: bool | Literal["tokens", "rear"] = False, **reuse: Any,
     ) -> "RoutingConfig":  # fmt: skip
         """Routing that needs no adapter: tokens that move and blocks whose turn it is run, the rest adds its last residual.
 

@@ -39,7 +39,7 @@ def test_what_was_fitted_is_said_saved_and_loads(run, pipe, small: tuple, tmp_pa
 
 
 def test_a_part_of_the_tokens(run, pipe, small: tuple, tmp_path: Path) -> None:  # noqa: ANN001
-    code, said, error = run(*small, "--partial", "--compute", 0.7, "--json", tmp_path / "f.json")
+    code, said, error = run(*small, "--partial", "tokens", "--compute", 0.7, "--json", tmp_path / "f.json")
     assert code == 0, error
     (row,) = read_results(tmp_path / "f.json")["rows"]
     assert "2 and a part of 4" in said and (row["runs"], row["partial"]) == ([0, 2], 1)
@@ -48,12 +48,12 @@ def test_a_part_of_the_tokens(run, pipe, small: tuple, tmp_path: Path) -> None: 
     sl.set_budget(pipe, compute=compute)
     pipe("a b", num_inference_steps=4, max_sequence_length=16, output_type="latent")
     assert 0.6 < routed_of(pipe).spending.ratio <= compute
-    code, _, error = run(*small, "--adapter", tmp_path / "out", "--partial", "--compute", 0.5)
+    code, _, error = run(*small, "--adapter", tmp_path / "out", "--partial", "tokens", "--compute", 0.5)
     assert code == 0, error
     code, _, error = run(*small[:-1], tmp_path / "whole", "--compute", 0.5)
     assert code == 0, error
-    code, _, error = run(*small, "--adapter", tmp_path / "whole", "--partial")
-    assert code == 1 and "without --partial" in error
+    code, _, error = run(*small, "--adapter", tmp_path / "whole", "--partial", "tokens")
+    assert code == 1 and "not fitted with --partial tokens" in error
 
 
 def test_errors_leave_no_adapter(run, small: tuple, tmp_path: Path) -> None:  # noqa: ANN001

@@ -119,12 +119,12 @@ def test_maps_of_whole_steps_come_before_tokens_that_nothing_was_fitted_for(pipe
     options = {"rank": 3, "guidance": 1.0, "max_sequence_length": 16}
     routed = partly(pipe, 1.0)
     (whole,) = sl.fit_stand_ins(pipe, ["a b", "c d", "e"], steps=4, computes=(0.5,), **options)
-    assert whole.plan.key == (4, (0, 2), 0)
+    assert whole.plan.key == (4, (0, 2), 0, 0)
     sl.set_budget(pipe, compute=0.7)
     walk(pipe, tiny_inputs(1), 4)
     assert routed.spending.ratio < 0.6
     (some,) = sl.fit_stand_ins(pipe, ["a b", "c d", "e"], steps=4, computes=(0.68,), **options)
-    assert some.plan.key == (4, (0, 2), 1) and len(routed.config.stand_ins.plans) == 2
+    assert some.plan.key == (4, (0, 2), 1, 0) and len(routed.config.stand_ins.plans) == 2
     assert method_name(routed.config) == "blocks-part"
     assert method_name(replace(routed.config, deltas=sl.DeltaConfig())) == "blocks-part-tuned"
     walk(pipe, tiny_inputs(1), 4)
@@ -168,7 +168,7 @@ def test_deltas_are_tuned_through_it_and_in_force_there(pipe: StableDiffusion3Pi
         assert all(record["grad_norm"] > 0 for record in tuner.history)
         tuned.append({name: delta.up.clone() for name, delta in routed.deltas.items()})
     assert all(torch.allclose(up, tuned[1][name], atol=1e-6) for name, up in tuned[0].items())
-    assert [plan.key for plan in routed.config.deltas.plans] == [(4, (0, 2), 1)]
+    assert [plan.key for plan in routed.config.deltas.plans] == [(4, (0, 2), 1, 0)]
     for compute, active in ((0.68, True), (0.5, False)):
         sl.set_budget(pipe, compute=compute)
         walk(pipe, tiny_inputs(1), 4)

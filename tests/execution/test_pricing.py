@@ -97,6 +97,19 @@ def test_a_step_in_part_takes_the_time_of_its_tokens(pipe) -> None:  # noqa: ANN
     assert predicted_ms(routed, table, request, budget) == pytest.approx(expected)
 
 
+def test_a_step_in_part_takes_the_time_of_its_last_blocks(pipe) -> None:  # noqa: ANN001
+    sl.attach(pipe, sl.RoutingConfig.training_free(compute=0.5, axis="blocks", partial="rear"))
+    routed = routed_of(pipe)
+    table, budget = linear_table(routed), Budget("compute", 0.56)
+    request = routed.request(STEPS, 64, 7, budget)
+    rear = routed.stale.plan(request, budget, routed.schedule(request).keep).rests.rear
+    count = len(routed.routed)
+    assert 0 < rear < count
+    assert predicted_ms(routed, table, request, budget) == pytest.approx(
+        (4 * (2.0 + 10 * count) + 4 * 2.0 + 10 * rear) / 8
+    )
+
+
 def test_maps_at_rest_take_their_time(pipe) -> None:  # noqa: ANN001
     sl.attach(pipe, sl.RoutingConfig.training_free(compute=1.0, axis="blocks"))
     routed = routed_of(pipe)

@@ -100,7 +100,7 @@ def test_scores_are_fitted_saved_and_a_batch_is_its_samples(name: str, tmp_path:
     pipe, call = build(name), FAMILIES[name]
     routed = partly(pipe, 1.0)
     (found,) = sl.fit_stand_ins(pipe, generate=lambda: call(pipe, 1, 2, steps=STEPS), computes=(0.68,), rank=2)
-    assert found.plan.key == (STEPS, RUNS, 1) and 0.5 < found.compute < 1 and len(found.left) == 2
+    assert found.plan.key == (STEPS, RUNS, 1, 0) and 0.5 < found.compute < 1 and len(found.left) == 2
     sl.set_budget(pipe, compute=0.7)
     drawn = call(pipe, 0, steps=STEPS)
     need = routed.stand_ins.need(found.plan, 1, 0)

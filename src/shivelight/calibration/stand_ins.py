@@ -192,9 +192,10 @@ class Fitting:
 
         known, made = [guided(value) for value in values], guided(out)
         found, left = fit_map(known, made, self.rank)
-        if step == plan.partial:
+        mended = plan.rear_at(step) > 0  # by the blocks that run next
+        if step == plan.partial and not mended:
             self.scores[step, call] = fit_need(found, known, made).to(out.dtype)
-        if step > plan.runs[-1]:
+        if step > plan.runs[-1] and not mended:
             found.weaken(self.unmended)
         found = self.maps[step, call] = found.to(out.dtype)
         self.plan = replace(plan, passes=max(call + 1, 1 if self.plan is None else self.plan.passes))
@@ -299,7 +300,9 @@ def _share(routed: Routed, plan: RestPlan, text_tokens: int) -> float:
     tokens, planner = routed.shape[0], routed.planner
     dense, always = planner.dense_flops(tokens, text_tokens)
     spent = always * plan.steps + (dense - always) * len(plan.runs) + sum(routed.stand_ins.flops(plan, tokens))
-    if plan.partial:
+    if plan.rear:
+        spent += sum(planner.costs[block].flops(tokens, text_tokens) for block in planner.routed[-plan.rear :])
+    elif plan.partial:
         half = math.ceil(tokens / 2)
         spent += sum(planner.costs[block].flops(half, text_tokens, attended=tokens) for block in planner.routed)
     return math.ceil(1e4 * spent / (dense * plan.steps)) / 1e4

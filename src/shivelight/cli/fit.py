@@ -1,7 +1,7 @@
 """`shivelight fit`: what stands in for the blocks at steps at rest, fitted to a pipeline on the user's own prompts."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -10,6 +10,7 @@ from rich.table import Table
 
 import shivelight as sl
 from shivelight.adapter import routed_of
+from shivelight.budgets import told_runs
 from shivelight.cli import common
 from shivelight.cli.calibrate import read_prompts
 from shivelight.cli.evaluate import describe
@@ -36,11 +37,12 @@ def fit(
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the maps between channels.")] = 32,
     partial: Annotated[
-        bool,
+        Literal["tokens", "rear"] | None,
         typer.Option(
-            "--partial", help="Let what whole steps leave of a budget run some tokens at one more (8 steps and fewer)."
+            help="Spend what whole steps leave of a budget at one more (8 steps and fewer): all blocks on some tokens, or, where "
+            "operators cost more than what they do, the rear blocks on all tokens."
         ),
-    ] = False,
+    ] = None,
     unmended: Annotated[
         float,
         typer.Option(
@@ -62,13 +64,13 @@ def fit(
     captions, budgets = read_prompts(prompts), compute or [0.75, 0.5]
     pipe = common.open_pipeline(pipeline, device, getattr(torch, dtype))
     if adapter is None:
-        sl.attach(pipe, RoutingConfig.training_free(compute=1.0, axis="blocks", partial=partial))
+        sl.attach(pipe, RoutingConfig.training_free(compute=1.0, axis="blocks", partial=partial or False))
     else:
         sl.load_adapter(pipe, adapter)
         blocks = routed_of(pipe).config.blocks
-        if partial and (blocks is None or not blocks.partial):
+        if partial and (blocks is None or blocks.partial != partial):
             raise sl.AdapterError(
-                f"{adapter} was fitted without --partial; leave it out, or fit anew without --adapter."
+                f"{adapter} was not fitted with --partial {partial}; leave it out, or fit anew without --adapter."
             )
     options = common.call_options(pipe, pipeline, size, max_sequence_length)
     common.say(f"{len(captions)} prompts, {steps} steps")
@@ -86,8 +88,7 @@ def fit(
         table.add_column(head, no_wrap=True)
     for fitted in found:
         left = ", ".join(f"{share:.0%}" for share in fitted.left)
-        some = " and a part" if fitted.plan.partial else ""
-        table.add_row(f"{len(fitted.plan.runs)}{some} of {steps}", f"compute={fitted.compute:g}", left)
+        table.add_row(told_runs(fitted.plan), f"compute={fitted.compute:g}", left)
     Console(width=max(common.console.width, 80)).print(table)
     common.say(f"adapter: {out}")
     common.say(f'sl.load_adapter(pipe, "{out}"); sl.set_budget(pipe, compute={found[-1].compute:g})')
@@ -98,7 +99,7 @@ def fit(
                 method, {"compute": fitted.compute}, steps=steps, guidance=guidance, samples=len(captions),
                 planned_ratio=fitted.compute,
             )
-            | {"runs": list(fitted.plan.runs), "partial": fitted.plan.partial, "left": list(fitted.left)}
+            | {"runs": list(fitted.plan.runs), "partial": fitted.plan.partial, "rear": fitted.plan.rear, "left": list(fitted.left)}
             for fitted in found
         ]  # fmt: skip
         common.save_json(json, results)

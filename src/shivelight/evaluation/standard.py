@@ -84,9 +84,10 @@ def adapter_points(
 
 def method_name(config: RoutingConfig) -> str:
     """What an adapter is called in results.json, but for reuse."""
-    whole = config.blocks is None or not config.blocks.partial
-    names = ("blocks-fitted", "blocks-tuned") if whole else ("blocks-part", "blocks-part-tuned")
-    fitted = names[config.deltas is not None]
+    partial = config.blocks is not None and config.blocks.partial
+    fitted = {False: "blocks-fitted", "tokens": "blocks-part", "rear": "blocks-rear"}[partial]
+    if config.deltas is not None:
+        fitted = f"{fitted.removesuffix('-fitted')}-tuned"
     blocks = "blocks-refresh" if config.closed_reuse else fitted if config.stand_ins is not None else "blocks"
     axes = {"tokens": config.tokens, blocks: config.blocks}
     return "+".join(axis for axis, settings in axes.items() if settings is not None)

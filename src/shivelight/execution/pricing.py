@@ -78,7 +78,8 @@ def predicted_ms(routed: Routed, table: LatencyTable, request: Request, budget: 
         shares = [min(1.0, spent / all_) for spent, all_ in zip(plan.allotted, whole, strict=True)]
         runs = [rest + share * (run - rest) for share, run in zip(shares, runs, strict=True)]
         if plan.rests is not None and plan.rests.partial:
-            runs[plan.rests.partial] = table.pass_ms([plan.tokens] * len(kept[0]))
+            rear = plan.rests.rear or len(kept[0])
+            runs[plan.rests.partial] = table.pass_ms([0] * (len(kept[0]) - rear) + [plan.tokens] * rear)
         if routed.stand_ins is not None and plan.stand_ins:
             maps = plan.stand_ins / routed.stand_ins.largest().flops(request.tokens)
             return (math.fsum(runs) + maps * table.map_ms) / len(runs)

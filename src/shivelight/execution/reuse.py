@@ -16,6 +16,8 @@ from shivelight.execution.series import NEVER, Series
 from shivelight.execution.tokens import gather_tokens, write_back, write_rows
 
 _EXPIRED = 1e6
+# The block's number under which stands what all blocks make together, and what those make that rest where the last alone run.
+TOGETHER, FRONT = -1, -2
 
 
 class BlockResiduals:

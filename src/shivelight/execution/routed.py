@@ -20,7 +20,7 @@ from shivelight.execution.gate_plan import GatePlan
 from shivelight.execution.gates import Decision, Spending
 from shivelight.execution.planning import Budget, Planner, Request
 from shivelight.execution.pricing import Forced, Load
-from shivelight.execution.reuse import BlockResiduals, ResidualCache
+from shivelight.execution.reuse import TOGETHER, BlockResiduals, ResidualCache
 from shivelight.execution.scoring import TokenScorer
 from shivelight.execution.sessions import GateSession, Observer, RestSession, Session
 from shivelight.execution.settling import Settling
@@ -418,6 +418,11 @@ class Routed(nn.Module):
         return plan.rests
 
     @property
+    def last_at_rest(self) -> int:
+        """The last block of those that rest in this pass, where any do: what stands in for them comes there."""
+        return self.routed[-1 - self.rests.rear_at(self.context.step)]
+
+    @property
     def fitted(self) -> StandInMaps | None:
         """What was fitted, where this generation pays for it."""
         plan = None if self.stand_ins is None else self.asked[2]
@@ -428,8 +433,8 @@ class Routed(nn.Module):
         return 0 if fitted is None else fitted.flops_at(self.rests, self.context.step, self.context.call, tokens)
 
     def _place(self, block: int, text: Tensor | None) -> tuple[tuple[int, int], Tensor | None]:
-        """Where the residuals of a block in this pass are kept, and the text tokens that are among them."""
-        place = self.context.call, -1 if self.config.together else block
+        """Where the residuals of a block (or `FRONT`) in this pass are kept, and the text tokens that are among them."""
+        place = self.context.call, TOGETHER if self.config.together and block >= 0 else block
         return place, text if self.config.blocks is not None else None
 
     def _entry(self, block: int, x: Tensor, text: Tensor | None) -> BlockResiduals | None:
@@ -450,7 +455,7 @@ class Routed(nn.Module):
         if block == self.routed[0]:
             self.spending.begin(*self.planner.dense_flops(tokens, text_tokens), len(decisions))
         # What was fitted takes the place of tokens that do not run, all or some.
-        rest = self._fitted_flops(tokens) if block == self.routed[-1] else 0
+        rest = self._fitted_flops(tokens) if self.config.together and block == self.last_at_rest else 0
         flops = {
             decision: (0 if decision.tokens == tokens else rest)
             + (

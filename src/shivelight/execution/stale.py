@@ -6,7 +6,7 @@ Shapes: B samples, N image tokens, D width, T steps, L routed blocks.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from shivelight.errors import BudgetError
 from shivelight.execution.context import StepContext
 from shivelight.execution.gates import Decision
 from shivelight.execution.planning import Budget, Planner, Request, warm_steps
-from shivelight.execution.reuse import BlockResiduals
+from shivelight.execution.reuse import FRONT, BlockResiduals
 from shivelight.execution.stand_ins import StandInMaps
 from shivelight.routing import count_unit
 
@@ -34,7 +34,7 @@ class StalePlan:
         allotted: FLOPs at each step [T], and what is left over goes to the next.
         stand_ins: FLOPs of the maps that stand in for blocks at rest, over all steps; 0 where none do.
         rests: where all blocks run or rest together, the generation that this is.
-        tokens: how many run at the step that runs in part; 0 where there is none.
+        tokens: how many of them run at the step that runs in part; 0 where there is none.
     """
 
     allotted: tuple[float, ...]
@@ -162,25 +162,32 @@ class StaleGates:
         return fitted if fitted.cost <= within else plan
 
     def _in_part(self, plan: StalePlan, left: float, request: Request) -> StalePlan | None:
-        """With as many tokens at one step at rest as what is left over pays for; None where those are too few, or forecasts, which
-        count the steps between runs, have a say."""
+        """With as many tokens, or as many of the last blocks, at one step at rest as what is left over pays for; None where those
+        are too few, or forecasts, which count the steps between runs, have a say."""
         runs, steps = plan.rests, plan.steps
         assert runs is not None
         at = partial_step(runs.runs, steps)
         if not self.config.partial or self.reuse.horizon(steps) > 0 or not at:
             return None
-        rests = replace(runs, partial=at)
-        if self.stand_ins is not None and not self.stand_ins.knows(rests):
-            return None  # what was fitted to whole steps is worth more
-        maps = 0.0 if self.stand_ins is None else float(sum(self.stand_ins.flops(rests, request.tokens)))
         spent = math.fsum(plan.allotted)
-        unit = count_unit(request.tokens, TokenRouting.granularity)
-        for tokens in range(request.tokens - unit, math.ceil(_LEAST * request.tokens) - 1, -unit):
-            cost = math.fsum(self._price(block, tokens, request) for block in self.planner.routed)
+        for tokens, rear in self._parts(request.tokens):
+            rests = replace(runs, partial=at, rear=rear)
+            if self.stand_ins is not None and not self.stand_ins.knows(rests):
+                continue  # what was fitted, to this part or to whole steps, is worth more
+            maps = 0.0 if self.stand_ins is None else float(sum(self.stand_ins.flops(rests, request.tokens)))
+            cost = math.fsum(self._price(block, tokens, request) for block in self.planner.routed[-rear:])
             if spent + maps + cost <= left * (1 + 1e-9):
                 allotted = tuple(cost if step == at else own for step, own in enumerate(plan.allotted))
                 return StalePlan(allotted, maps, rests, tokens)
         return None
+
+    def _parts(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """(tokens, last blocks; 0 for all of them) that may run at the step in part, the most first."""
+        if self.config.partial == "rear":
+            yield from ((tokens, rear) for rear in range(len(self.planner.routed) - 1, 0, -1))
+            return
+        unit = count_unit(tokens, TokenRouting.granularity)
+        yield from ((some, 0) for some in range(tokens - unit, math.ceil(_LEAST * tokens) - 1, -unit))
 
     def decide(
         self,
@@ -204,9 +211,12 @@ class StaleGates:
             request: of the generation.
         """
         if plan.rests is not None and context.step == plan.rests.partial > 0:
-            known = find(block)
-            tokens = plan.tokens if known is not None and all(known.complete) else request.tokens
-            return (Decision("run", tokens),) * batch
+            rear = plan.rests.rear
+            known = find(FRONT if rear else block)
+            ready = known is not None and all(known.complete)
+            if rear and ready and block in self.planner.routed[:-rear]:
+                return (Decision("reuse", 0),) * batch
+            return (Decision("run", plan.tokens if ready else request.tokens),) * batch
         chosen = self._chosen
         if chosen is None or len(chosen) != batch:
             first = batch // 2 if context.branch == "both" and self.config.cfg_gates == "cond" else 0

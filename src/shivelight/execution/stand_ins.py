@@ -24,8 +24,8 @@ def places(plan: RestPlan) -> Iterator[Place]:
 
 
 def needs_at(plan: RestPlan) -> Iterator[Place]:
-    """Where a plan's `NeedScore`s are: in each pass of the step that runs in part."""
-    return (place for place in places(plan) if place[1] == plan.partial)
+    """Where a plan's `NeedScore`s are: in each pass of the step at which some tokens run."""
+    return (place for place in places(plan) if place[1] == plan.partial and not plan.rear)
 
 
 def known_values(plan: RestPlan, step: int) -> int:
@@ -176,4 +176,5 @@ class StandInMaps(nn.Module):
 def _name(place: Place) -> str:
     plan, step, call = place
     runs = "-".join(map(str, plan.runs)) + (f"+{plan.partial}" if plan.partial else "")
+    runs += f"r{plan.rear}" if plan.rear else ""
     return f"{plan.steps}:{runs}:{step}:{call}"

@@ -1,5 +1,5 @@
-"""Where all blocks run or rest together: one decision a pass, what they make of it kept once, and, at a step in part, the same
-tokens in each of them.
+"""Where all blocks run or rest together: one decision a pass, and what they make of it kept once. At a step in part, the same
+tokens run in each of them; or the last blocks run on all tokens, and only the first rest together.
 
 Shapes: B samples, N image tokens, D width, K values that are known of each token.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shivelight.execution.block_run import BlockRun
 from shivelight.execution.call import BlockCall
 from shivelight.execution.gates import Decision
-from shivelight.execution.reuse import BlockResiduals, OfBlock
+from shivelight.execution.reuse import FRONT, BlockResiduals, OfBlock
 from shivelight.execution.scoring import paired_scores
 from shivelight.execution.span import Passage
 from shivelight.execution.stand_ins import StandInMap, values_of
@@ -38,29 +38,32 @@ class Together:
         step, reuse = routed.context.step, routed.config.reuse
         assert reuse is not None
         whole = reuse.whole == "output"
+        # While blocks are timed there is no plan.
+        rests = None if routed.forced is not None else routed.rests
+        rear = 0 if rests is None else rests.rear_at(step)
+        at_rest = entry  # what is known of the blocks that rest
+        last_at_rest = routed.routed[-1 - rear]
+        if rests is not None and (rear or rests.feeds_rear(step)):
+            at_rest = routed.remember(FRONT, call.image, call.text) or entry
         if self.block == routed.routed[0] and entry.entered is not None:
             routed.context.memo["entered"] = call.image
         if decision.action == "reuse" and (routed.fitting is None or not whole):
-            if not last:
+            if self.block != last_at_rest:
                 return call.image, call.text
-            values = self._known_values(entry)
-            own = self._map() if values else None
-            if own is not None and len(own.scale) == len(values):
-                return own(values), call.text
-            expect = entry.stand_in if whole else entry.add
-            return expect(call.image, call.text, step, reuse.max_age)
+            return self._stand_in(call, at_rest, rear > 0)
         if decision.action == "run" and decision.tokens < call.image.shape[1]:
             return self._run_partly(module, call, decision.tokens, entry)
         image, text = self._run_whole(module, call, entry)
         if whole and decision.action == "reuse":
-            return self._fit(image, entry, None) if last else image, text
+            if self.block != last_at_rest:
+                return image, text
+            text = at_rest.stand_in(image, text, step, reuse.max_age)[1] if rear else text
+            return self._fit(image, at_rest, None), text
         if whole:
-            if last:  # copies: others may write into what a block returns
-                entered = routed.context.memo.get("entered")
-                entry.refresh(
-                    image.clone(), step, None if text is None else text.clone(),
-                    None if entered is None else entered.clone(),
-                )  # fmt: skip
+            if rests is not None and rests.feeds_rear(step) and self.block == routed.routed[-1 - rests.rear]:
+                self._keep(at_rest, image, text)
+            if last and not rear:  # what is kept of a step in part stays that of the last whole run
+                self._keep(entry, image, text)
             return image, text
         passage = routed.context.memo.setdefault("passage", Passage())
         if self.kind.joined:
@@ -71,6 +74,28 @@ class Together:
             images, texts = passage.finish()
             entry.refresh(images, step, texts)
         return image, text
+
+    def _stand_in(self, call: BlockCall, entry: BlockResiduals, goes_on: bool) -> tuple[Tensor, Tensor | None]:
+        """(image, text) in the place of what blocks at rest make of it; whether blocks that run `goes_on` from there, and read
+        the text."""
+        routed, reuse = self.routed, self.routed.config.reuse
+        assert reuse is not None
+        values = self._known_values(entry)
+        own = self._map() if values else None
+        expect = entry.stand_in if reuse.whole == "output" else entry.add
+        if own is None or len(own.scale) != len(values):
+            return expect(call.image, call.text, routed.context.step, reuse.max_age)
+        if not goes_on:
+            return own(values), call.text
+        return own(values), expect(call.image, call.text, routed.context.step, reuse.max_age)[1]
+
+    def _keep(self, entry: BlockResiduals, image: Tensor, text: Tensor | None) -> None:
+        """Take in what blocks have made; copies, since others may write into what a block returns."""
+        entered = self.routed.context.memo.get("entered")
+        entry.refresh(
+            image.clone(), self.routed.context.step, None if text is None else text.clone(),
+            None if entered is None else entered.clone(),
+        )  # fmt: skip
 
     def _run_whole(self, module: nn.Module, call: BlockCall, entry: BlockResiduals) -> tuple[Tensor, Tensor | None]:
         """(image, text); before a step that runs in part, what its tokens will attend to is kept."""

@@ -43,6 +43,8 @@ KNOWN = {
     "blocks-tuned": MethodStyle(BLUE, "P"),
     "blocks-part": MethodStyle(SKY, "D"),
     "blocks-part-tuned": MethodStyle(SKY, "P"),
+    "blocks-rear": MethodStyle(PURPLE, "d"),
+    "blocks-rear-tuned": MethodStyle(PURPLE, "X"),
     "tokens+blocks": MethodStyle(PURPLE, "D"),
     "tokens+blocks-refresh": MethodStyle(PURPLE, "P"),
     "training-free": MethodStyle(VERMILION, "h"),
@@ -60,6 +62,7 @@ OTHERS = (
 )
 OURS = (
     "tokens", "blocks", "blocks-refresh", "blocks-fitted", "blocks-tuned", "blocks-part", "blocks-part-tuned",
+    "blocks-rear", "blocks-rear-tuned",
     "tokens+blocks", "tokens+blocks-refresh", "training-free", "training-free-blocks", "training-free-both",
 )  # fmt: skip
 
