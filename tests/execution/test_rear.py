@@ -16,6 +16,7 @@ import shivelight as sl
 from shivelight.adapter import routed_of
 from shivelight.errors import AdapterError
 from shivelight.evaluation.standard import method_name
+from shivelight.execution.reuse import TOGETHER
 from shivelight.training.tuner import TuneConfig, Tuner
 
 
@@ -42,6 +43,21 @@ def test_as_many_of_the_last_blocks_run_as_the_budget_pays_for(pipe: StableDiffu
     sl.set_budget(pipe, compute=0.68)
     walk(pipe, tiny_inputs(2), 16)  # forecasts count the steps between runs
     assert routed.spending.ratio == pytest.approx(10 / 16)
+
+
+def test_what_is_kept_stays_that_of_the_last_whole_run(pipe: StableDiffusion3Pipeline) -> None:
+    routed = rearwards(pipe, 1.0)
+    sl.fit_stand_ins(pipe, ["a b", "c"], steps=4, computes=(0.7,), rank=2, guidance=1.0, max_sequence_length=16)
+    sl.set_budget(pipe, compute=0.7)
+    kept: dict[int, tuple[float, float]] = {}
+
+    def watch(*_: Any) -> None:
+        series = routed.residuals.held((0, TOGETHER)).image
+        kept[routed.context.step] = float(series.at.max()), float(series.at_before.max())
+
+    routed.observer = watch
+    walk(pipe, tiny_inputs(1), 4)
+    assert [last for last, _ in kept.values()] == [0, 0, 2, 2] and kept[3] == (2, 0)
 
 
 @torch.no_grad()
@@ -81,6 +97,7 @@ def test_what_was_fitted_for_fewer_blocks_is_worth_more_than_more_of_them(pipe: 
     assert set(rears) == {1}
     (more,) = sl.fit_stand_ins(pipe, ["a b", "c d", "e"], steps=4, computes=(0.7,), **options)
     assert more.plan.rear > 1 and len(routed.config.stand_ins.plans) == 2
+    assert len(routed.stand_ins.maps) == 4  # of two steps at rest of each
     for found in (few, more):
         sl.set_budget(pipe, compute=found.compute)
         walk(pipe, tiny_inputs(1), 4)

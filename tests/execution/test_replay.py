@@ -107,6 +107,19 @@ def test_a_lora_and_its_scale_count(pipe: Any) -> None:
     right(pipe)
 
 
+def test_what_was_given_out_stays_as_it_is(pipe: Any) -> None:
+    free(pipe)
+    taped(pipe)
+    right(pipe)
+    given: list[Tensor] = []
+    pipe.transformer.register_forward_hook(lambda module, args, output: given.append(output[0]))
+    pictures(pipe, 0)
+    before = [output.clone() for output in given]
+    pictures(pipe, 1)
+    assert all(map(torch.equal, before, given[: len(before)]))
+    assert not any(map(torch.equal, before, given[len(before) :]))
+
+
 def test_a_generation_that_was_stopped_is_recorded_again(pipe: Any) -> None:
     free(pipe)
     taped(pipe)

@@ -91,11 +91,15 @@ def test_it_costs_what_is_planned_and_what_torch_counts(name: str) -> None:
 
 def test_maps_are_fitted_saved_replayed_and_a_batch_is_its_samples(name: str, tmp_path: Path) -> None:
     pipe, call = build(name), FAMILIES[name]
-    routed = rearwards(pipe, 1.0)
-    (found,) = sl.fit_stand_ins(pipe, generate=lambda: call(pipe, 1, 2, steps=STEPS), computes=(0.68,), rank=2)
+    routed, fitting = rearwards(pipe, 1.0), []
+    (found,) = sl.fit_stand_ins(
+        pipe, generate=lambda: fitting.append(call(pipe, 1, 2, steps=STEPS)), computes=(0.68,), rank=2
+    )
     assert found.plan.key[:3] == (STEPS, RUNS, 1) and found.plan.rear and 0.5 < found.compute < 1
     sl.set_budget(pipe, compute=found.compute)  # what is said to ask for
     drawn = call(pipe, 0, steps=STEPS)
+    close(call(pipe, 1, 2, steps=STEPS), fitting[0])  # walked as it will be
+    call(pipe, 0, steps=STEPS)
     assert routed.spending.ratio == pytest.approx(sl.planned_ratio(pipe, STEPS)) and routed.spending.ratio > 0.55
     assert f"2 and {found.plan.rear} blocks of 4" in sl.summary(pipe)
     sl.save_adapter(pipe, tmp_path)
@@ -113,3 +117,9 @@ def test_maps_are_fitted_saved_replayed_and_a_batch_is_its_samples(name: str, tm
         own.bias.copy_(torch.linspace(-1, 1, len(own.bias)))  # a norm takes no notice of what all channels share
     moved: Tensor = call(pipe, 0, steps=STEPS)
     assert not torch.allclose(moved, drawn, atol=1e-3)
+    for place in routed_of(pipe).stand_ins.maps.values():
+        place.weaken(0.0)
+    rested = call(pipe, 0, steps=STEPS)
+    sl.detach(pipe)
+    rearwards(pipe, found.compute)
+    close(rested, call(pipe, 0, steps=STEPS))  # what adds nothing to the last output is none

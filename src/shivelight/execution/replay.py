@@ -91,7 +91,6 @@ class _Tape:
         passes: by their (step, call, branch and form of the inputs).
         load: what they hold; None where nothing is routed.
         asked: of the planner, and its answer, which stands before the first of them.
-        folded: whether deltas were in force.
         last: step of the last one.
     """
 
@@ -100,7 +99,6 @@ class _Tape:
     passes: dict[Hashable, _Pass] = field(default_factory=dict)
     load: Load | None = None
     asked: Any = None
-    folded: bool = False
     last: int = -1
 
 
@@ -199,14 +197,13 @@ class Replays:
         return steps is not None and tape.last == len(steps) - 1
 
     def _resume(self, tape: _Tape, backbone: nn.Module) -> bool:
-        """Bring the state to where the recorded generation began; whether the recording still holds."""
+        """Bring the state to where the recorded generation began; whether the recording still holds. Weights with deltas or without
+        are read where they lie, whichever are in place."""
         routed = self._routed
         if tape.load is not None:
             routed.note(tape.load)
             if routed.asked != tape.asked:
                 return False
-            if routed.folded is not None:
-                routed.folded.apply(tape.folded)
         return _same(tape.parts, _parts(backbone, routed.folded))
 
     def _record(self, tape: _Tape, forward: Callable[..., Any], leaves: list[Any], structure: pytree.TreeSpec) -> _Pass:
@@ -215,7 +212,7 @@ class Replays:
         args, kwargs = pytree.tree_unflatten(own, structure)
 
         def run() -> Any:
-            # What listens to the embedders goes by the times, which are an input like the others.
+            # What listens to the embedders goes by the times, an input like the others: a graph reads it where it was recorded.
             routed.note_time(routed.spec.arguments(args, kwargs).get(routed.spec.timestep_argument))
             return forward(*args, **kwargs)
 
@@ -233,7 +230,6 @@ class Replays:
             spent, routed.spending = routed.spending, before
         if not tape.passes and routed.enabled and routed.settling.load is not None:
             tape.load, tape.asked = routed.settling.load, routed.asked
-            tape.folded = routed.folded is not None and routed.folded.active
         out, form = pytree.tree_flatten(output)
         return _Pass([leaf for leaf in own if isinstance(leaf, Tensor)], out, form, replay, spent)
 
