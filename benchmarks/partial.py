@@ -10,12 +10,14 @@ A part of the tokens pays where tokens are most of what a step costs, which on t
 
 import argparse
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from shivelight.backbones import find_spec
 from shivelight.backbones.presets import read_preset
 from shivelight.cli import common
-from shivelight.config import RoutingConfig
+from shivelight.config import Part, RoutingConfig
 from shivelight.demo import pipeline as embedded
 from shivelight.evaluation.bare import BareLoop, timed_rows
 from shivelight.evaluation.comparison import OperatingPoint
@@ -23,8 +25,15 @@ from shivelight.evaluation.results import new_results, write_results
 
 COMPUTES = (0.5, 0.56, 0.6, 0.65, 0.7, 0.75)
 OUT = Path("benchmarks/results")
-# Two steps, with a part of the third, and three, of the embedded backbone.
-EMBEDDED = {"": (0.5, 0.75), "tokens": (0.59, 0.62), "rear": (0.59, 0.62)}
+Timed = tuple[str, Literal[False] | Part, tuple[float, ...]]
+
+# (method, what runs of a step at rest, budgets): on the embedded backbone also two steps alone, and three.
+PRESET: tuple[Timed, ...] = (("training-free-blocks", "tokens", COMPUTES),)
+EMBEDDED: tuple[Timed, ...] = (
+    ("training-free-blocks", False, (0.5, 0.75)),
+    ("training-free-blocks-tokens", "tokens", (0.59, 0.62)),
+    ("training-free-blocks-rear", "rear", (0.59, 0.62)),
+)
 
 
 def main() -> None:
@@ -44,7 +53,8 @@ def main() -> None:
     device = common.DEFAULT_DEVICE
     if args.embedded:
         model = embedded.load_few_step(device, torch.bfloat16).transformer
-        name, tokens, text_tokens = "embedded", 256, embedded.TEXT_TOKENS
+        name, (tokens, _) = "embedded", find_spec(model).default_shape(model)
+        text_tokens = embedded.TEXT_TOKENS
     else:
         preset = read_preset(args.shape)
         torch.manual_seed(0)
@@ -55,12 +65,12 @@ def main() -> None:
         loop.compile()
     points = [
         OperatingPoint(
-            f"training-free-blocks{'-' if args.embedded and part else ''}{part if args.embedded else ''}",
+            method,
             {"compute": compute},
             loop.steps,
-            loop.attached(RoutingConfig.training_free(compute=compute, axis="blocks", partial=part or False)),
+            loop.attached(RoutingConfig.training_free(compute=compute, axis="blocks", partial=part)),
         )
-        for part, computes in (EMBEDDED if args.embedded else {"tokens": COMPUTES}).items()
+        for method, part, computes in (EMBEDDED if args.embedded else PRESET)
         for compute in computes
     ]
     described = {"variant": name, "image_tokens": tokens, "text_tokens": text_tokens}

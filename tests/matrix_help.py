@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import pytest
 import torch
 from families import FAMILIES, build
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import shivelight as sl
 from shivelight.adapter import routed_of
@@ -28,6 +31,20 @@ def free(pipe: Any, compute: float = 0.5, **options: Any) -> Any:
     """Blocks without training."""
     sl.attach(pipe, sl.RoutingConfig.training_free(compute=compute, axis="blocks", **options))
     return routed_of(pipe)
+
+
+def counted_beyond_half(pipe: Any, name: str, steps: int, compute: float) -> None:
+    """What torch counts of a generation under a budget, beyond one of half, is what is planned; both stay within theirs."""
+    call, routed, flops = FAMILIES[name], routed_of(pipe), []
+    for asked in (0.5, compute):
+        sl.set_budget(pipe, compute=asked)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            call(pipe, 0, steps=steps, **call.unguided)
+        flops.append(float(counter.get_total_flops()))
+        ratio = routed.spending.ratio
+        assert ratio == pytest.approx(sl.planned_ratio(pipe, steps)) and ratio <= asked
+    spent = routed.planner.dense_flops(*routed.shape)[0] * steps * (routed.spending.ratio - 0.5)
+    assert spent > 0 and flops[1] - flops[0] == pytest.approx(spent, rel=0.02)
 
 
 def widths_of(name: str) -> tuple[float, ...]:

@@ -17,6 +17,8 @@ UNTRAINED = {
 
 # Of whole blocks without training: what regrets least on three pipelines, at four budgets (docs/decisions/training-free.md).
 AT_INTERVALS = {"growth": 2.0, "forecast": 0.5}
+# What may run of a step at rest.
+Part = Literal["tokens", "rear"]
 
 
 def _require(valid: bool, message: str) -> None:
@@ -114,7 +116,7 @@ class BlockRouting:
     decide: Literal["block", "step", "static"] = "block"
     closed: Literal["pass", "reuse"] = "pass"
     share: float = 0.5
-    partial: bool | Literal["tokens", "rear"] = False
+    partial: bool | Part = False
 
     def __post_init__(self) -> None:
         if self.partial is True:
@@ -215,7 +217,9 @@ class RestPlan:
 
     def feeds_part(self, step: int) -> bool:
         """Whether tokens of the step that runs in part attend to what this one computes: the last run before it."""
-        return self.partial > 0 == self.rear and step == max(run for run in self.runs if run < self.partial)
+        if not self.partial or self.rear:
+            return False
+        return step == max(run for run in self.runs if run < self.partial)
 
     def feeds_rear(self, step: int) -> bool:
         """Whether what stands in for the first blocks, where the last alone run, is worked out from what this step computes."""
@@ -430,7 +434,7 @@ class RoutingConfig:
     @classmethod
     def training_free(
         cls, keep: float = 0.6, *, compute: float | None = None, axis: Literal["tokens", "blocks", "both"] = "tokens",
-        partial: bool | Literal["tokens", "rear"] = False, **reuse: Any,
+        partial: bool | Part = False, **reuse: Any,
     ) -> "RoutingConfig":  # fmt: skip
         """Routing that needs no adapter: tokens that move and blocks whose turn it is run, the rest adds its last residual.
 

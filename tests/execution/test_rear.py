@@ -39,7 +39,7 @@ def test_as_many_of_the_last_blocks_run_as_the_budget_pays_for(pipe: StableDiffu
         assert ratio == pytest.approx(sl.planned_ratio(pipe, 4)) and ratio <= compute * (1 + 1e-9)
         counts.append(len(running))
         ratios.append(ratio)
-    assert counts == sorted(counts) and set(counts) == {0, 1, 2, 3, 4} - ({4} if ratios[-1] < 0.75 else set())
+    assert counts == sorted(counts) and set(counts) == {0, 1, 2, 3, 4}
     sl.set_budget(pipe, compute=0.68)
     walk(pipe, tiny_inputs(2), 16)  # forecasts count the steps between runs
     assert routed.spending.ratio == pytest.approx(10 / 16)
@@ -111,15 +111,9 @@ def test_what_blocks_mend_is_fitted_whole(pipe: StableDiffusion3Pipeline) -> Non
     for unmended in (1.0, 0.0):
         routed = rearwards(pipe, 1.0)
         (found,) = sl.fit_stand_ins(
-            pipe,
-            ["a b", "c d", "e"],
-            steps=2,
-            computes=(0.7,),
-            unmended=unmended,
-            rank=2,
-            guidance=1.0,
+            pipe, ["a b", "c d", "e"], steps=2, computes=(0.7,), unmended=unmended, rank=2, guidance=1.0,
             max_sequence_length=16,
-        )
+        )  # fmt: skip
         assert found.plan.runs == (0,) and found.plan.partial == 1 and found.plan.rear
         weights.append(routed.stand_ins.find(found.plan, 1, 0).scale.clone())
     assert torch.equal(*weights) and weights[0].abs().sum() > 0

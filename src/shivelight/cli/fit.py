@@ -1,7 +1,7 @@
 """`shivelight fit`: what stands in for the blocks at steps at rest, fitted to a pipeline on the user's own prompts."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import typer
@@ -14,7 +14,7 @@ from shivelight.budgets import told_runs
 from shivelight.cli import common
 from shivelight.cli.calibrate import read_prompts
 from shivelight.cli.evaluate import describe
-from shivelight.config import RoutingConfig
+from shivelight.config import Part, RoutingConfig
 from shivelight.demo import pipeline as embedded
 from shivelight.evaluation.results import new_results, new_row
 from shivelight.evaluation.standard import method_name
@@ -37,7 +37,7 @@ def fit(
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the maps between channels.")] = 32,
     partial: Annotated[
-        Literal["tokens", "rear"] | None,
+        Part | None,
         typer.Option(
             help="Spend what whole steps leave of a budget at one more (8 steps and fewer): all blocks on some tokens, or, where "
             "operators cost more than what they do, the rear blocks on all tokens."

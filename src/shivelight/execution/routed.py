@@ -418,9 +418,14 @@ class Routed(nn.Module):
         return plan.rests
 
     @property
+    def rear(self) -> int:
+        """How many of the last blocks run alone in this pass; 0 where it is none of that kind, or blocks are timed."""
+        return 0 if self.forced is not None else self.rests.rear_at(self.context.step)
+
+    @property
     def last_at_rest(self) -> int:
         """The last block of those that rest in this pass, where any do: what stands in for them comes there."""
-        return self.routed[-1 - self.rests.rear_at(self.context.step)]
+        return self.routed[-1 - self.rear]
 
     @property
     def fitted(self) -> StandInMaps | None:

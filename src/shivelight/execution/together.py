@@ -38,29 +38,28 @@ class Together:
         step, reuse = routed.context.step, routed.config.reuse
         assert reuse is not None
         whole = reuse.whole == "output"
+        rear = routed.rear
         # While blocks are timed there is no plan.
-        rests = None if routed.forced is not None else routed.rests
-        rear = 0 if rests is None else rests.rear_at(step)
+        feeds_rear = routed.forced is None and routed.rests.feeds_rear(step)
         at_rest = entry  # what is known of the blocks that rest
-        last_at_rest = routed.routed[-1 - rear]
-        if rests is not None and (rear or rests.feeds_rear(step)):
+        if rear or feeds_rear:
             at_rest = routed.remember(FRONT, call.image, call.text) or entry
         if self.block == routed.routed[0] and entry.entered is not None:
             routed.context.memo["entered"] = call.image
         if decision.action == "reuse" and (routed.fitting is None or not whole):
-            if self.block != last_at_rest:
+            if self.block != routed.last_at_rest:
                 return call.image, call.text
             return self._stand_in(call, at_rest, rear > 0)
         if decision.action == "run" and decision.tokens < call.image.shape[1]:
             return self._run_partly(module, call, decision.tokens, entry)
         image, text = self._run_whole(module, call, entry)
         if whole and decision.action == "reuse":
-            if self.block != last_at_rest:
+            if self.block != routed.last_at_rest:
                 return image, text
             text = at_rest.stand_in(image, text, step, reuse.max_age)[1] if rear else text
             return self._fit(image, at_rest, None), text
         if whole:
-            if rests is not None and rests.feeds_rear(step) and self.block == routed.routed[-1 - rests.rear]:
+            if feeds_rear and self.block == routed.routed[-1 - routed.rests.rear]:
                 self._keep(at_rest, image, text)
             if last and not rear:  # what is kept of a step in part stays that of the last whole run
                 self._keep(entry, image, text)
