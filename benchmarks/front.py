@@ -31,7 +31,7 @@ from shivelight.errors import BudgetError
 from shivelight.evaluation.comparison import Adapter, Comparison, OperatingPoint, Setting, point_key, take_clock
 from shivelight.evaluation.fidelity import IDENTICAL_PSNR
 from shivelight.evaluation.pareto import Point, front, quality_at
-from shivelight.evaluation.peers import PEERS, peer_points
+from shivelight.evaluation.peers import PEERS, TRAINED, peer_points, trained_point
 from shivelight.evaluation.results import new_results, read_results, write_results
 from shivelight.evaluation.standard import adapter_points, training_free_points
 from shivelight.files import replacing
@@ -148,7 +148,12 @@ def main() -> None:
     parser.add_argument("--compute", type=float, nargs="+", default=[0.8, 0.7, 0.6, 0.5, 0.35])
     parser.add_argument("--count", type=int, default=40, help="captions")
     parser.add_argument("--peers", nargs="*", default=[name for name in PEERS if name != "dydit"])
-    parser.add_argument("--adapter", type=Path, action="append", help="folder; those that are shipped by default")
+    parser.add_argument(
+        "--adapter", type=Path, action="append", default=[], help="folder, besides those that are shipped"
+    )
+    parser.add_argument(
+        "--trained", type=Path, action="append", default=[], help="folder of a trained peer (recipes/train_peers.py)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
@@ -199,8 +204,9 @@ def main() -> None:
     points = [comparison.dense()]
     if tuned.is_dir():
         points.append(comparison.finetuned(read_deltas(pipe, tuned)))
-    points += ours(comparison, args.adapter or shipped, args.compute)
+    points += ours(comparison, [*shipped, *args.adapter], args.compute)
     others, reasons = peer_points(comparison, args.peers)
+    points += [trained_point(comparison, trained, TRAINED) for trained in args.trained]
     # A schedule that is stretched to its last noise level (shift_terminal) has no single step: diffusers divides by zero.
     points = [point for point in (*points, *others) if point.steps > 1 or not few]
     points = list({point_key(point): point for point in points}.values())

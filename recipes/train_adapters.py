@@ -30,6 +30,7 @@ from shivelight.config import BlockRouting, DeltaConfig, Reuse, RoutingConfig, T
 from shivelight.demo import pipeline as embedded
 from shivelight.demo.export import export_images
 from shivelight.files import replacing
+from shivelight.training.cache import LatentCache
 from shivelight.training.data import build_cache, read_folder
 from shivelight.training.stages import TrainingConfig
 from shivelight.training.trainer import Trainer
@@ -43,8 +44,8 @@ def open_pipeline(source: Path, device: str, dtype: torch.dtype) -> Any:
     return common.open_pipeline(None if source == embedded.PIPELINE else str(source), device, dtype)
 
 
-def train(name: str, routing: RoutingConfig, config: TrainingConfig, source: Path, work: Path, pictures: int) -> Path:
-    """One adapter into work/NAME/adapter."""
+def encoded(source: Path, work: Path, pictures: int) -> tuple[Any, LatentCache, Accelerator]:
+    """(the pipeline, pictures of what it knows as latents and conditions, how it trains)."""
     # The frozen backbone in bf16: autocast would cast its weights anew in every pass. Routers and deltas stay in fp32.
     pipe = open_pipeline(source, common.DEFAULT_DEVICE, torch.bfloat16)
     known = known_concepts(source)
@@ -52,8 +53,18 @@ def train(name: str, routing: RoutingConfig, config: TrainingConfig, source: Pat
     images = [image for image in drawn if concept_of(image.caption) in known]
     with common.progress_bar("encoding", len(images)) as advance:
         cache = build_cache(pipe, images, work / "cache", 128, embedded.TEXT_TOKENS, lambda done, total: advance())
-    accelerator = Accelerator(mixed_precision="bf16", cpu=common.DEFAULT_DEVICE == "cpu")
+    return pipe, cache, Accelerator(mixed_precision="bf16", cpu=common.DEFAULT_DEVICE == "cpu")
+
+
+def train(name: str, routing: RoutingConfig, config: TrainingConfig, source: Path, work: Path, pictures: int) -> Path:
+    """One adapter into work/NAME/adapter."""
+    pipe, cache, accelerator = encoded(source, work, pictures)
     trainer = Trainer(pipe, routing, config, cache, work / name, accelerator)
+    return finished(trainer)
+
+
+def finished(trainer: Trainer) -> Path:
+    """The adapter's folder at the end of a run, whose last losses are shown."""
     folder = run_with_progress(trainer)
     tail = trainer.history[-50:]
     print({key: round(sum(r[key] for r in tail) / len(tail), 5) for key in tail[-1] if key != "step"})

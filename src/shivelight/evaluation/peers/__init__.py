@@ -6,7 +6,8 @@ from contextlib import suppress
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.comparison import OperatingPoint
 from shivelight.evaluation.peers.cache_dit import cache_dit, cache_dit_points
-from shivelight.evaluation.peers.dydit import dydit, dydit_points
+from shivelight.evaluation.peers.diffcr import DiffcrGates
+from shivelight.evaluation.peers.dydit import DyditGates, dydit, dydit_points
 from shivelight.evaluation.peers.fewer_steps import fewer_steps, fewer_steps_points
 from shivelight.evaluation.peers.first_block_cache import first_block_cache, first_block_cache_points
 from shivelight.evaluation.peers.ground import Ground, Where
@@ -16,9 +17,11 @@ from shivelight.evaluation.peers.placed_steps import placed_steps, placed_steps_
 from shivelight.evaluation.peers.static_drop import static_drop, static_drop_points
 from shivelight.evaluation.peers.taylor_seer import taylor_seer, taylor_seer_points
 from shivelight.evaluation.peers.token_merging import token_merging, token_merging_points
+from shivelight.evaluation.peers.trained import TrainedGates, trained_point
 
 __all__ = [
     "PEERS",
+    "TRAINED",
     "cache_dit",
     "cache_points",
     "check_names",
@@ -32,6 +35,7 @@ __all__ = [
     "static_drop",
     "taylor_seer",
     "token_merging",
+    "trained_point",
 ]
 
 # By their names on the command line: a ground -> the points at which a peer is usually run.
@@ -47,6 +51,8 @@ PEERS: dict[str, Callable[[Ground], list[OperatingPoint]]] = {
     "fewer-steps": fewer_steps_points,
     "placed-steps": placed_steps_points,
 }
+# Those that are trained, by the names in their folders.
+TRAINED: dict[str, type[TrainedGates]] = {gates.method: gates for gates in (DyditGates, DiffcrGates)}
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""DyDiT (Zhao et al. 2024, arXiv 2410.03456): widths that follow the timestep, and tokens that bypass the MLP; for timing only.
+"""DyDiT (Zhao et al. 2024, arXiv 2410.03456): widths that follow the timestep, and tokens that bypass the MLP.
 
 Timestep-wise dynamic width (section 3.2): per block, a router of the timestep embedding switches heads of the attention and as many
 groups of the MLP's channels, so at each step their weights are slices. Spatial-wise dynamic token (section 3.3): a linear router of
@@ -6,35 +6,48 @@ each token, sigmoid, threshold; tokens below it pass by the MLP, the others are 
 
     heads(t) = {h : sigmoid(r(E_t))_h > 0.5},        MLP runs on {i : sigmoid(w . x_i) > 0.5}
 
-Without training such gates mean nothing. Here the routers are random, and the thresholds are those at which the share asked for is
-left out, of heads and of groups over all steps, of tokens at each block and step (found in the first, untimed generation). Which
-heads and channels those are does not change what they cost, so the first ones run, as views. Gathering by a threshold waits for the
-device once a block, as DyDiT's does. Shapes: B samples, N tokens, D width.
+Trained (`DyditGates`), decisions are hard in the forward pass and sigmoids with Gumbel noise in the backward pass, all of the model
+is tuned with them (here DoRA deltas, as all that we train), and the FLOPs that run are held to a share of the dense ones:
+
+    L = (F / F_dense - target)^2
+
+E_t are sinusoids of the timestep, since some families' own embedding has the prompt or the class in it. F is a mean over a batch's
+timesteps. Here a micro-batch has one, so the mean is a moving one. Gates start open. Text tokens have the heads that image tokens
+have; an MLP of their own is left as it is.
+
+Without training such gates mean nothing: to be timed (`dydit`), routers are random, and the thresholds are those at which the share
+asked for is left out, of heads and of groups over all steps, of tokens at each block and step (found in the first, untimed
+generation). Which heads and channels those are does not change what they cost, so the first ones run, as views. Gathering by a
+threshold waits for the device once a block, as DyDiT's does. Shapes: B samples, N tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from shivelight.backbones.spec import BlockSpec
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.bare import BareLoop
 from shivelight.evaluation.comparison import OperatingPoint
 from shivelight.evaluation.peers.ground import Ground, Passes, Where, blocks_run, generator
+from shivelight.evaluation.peers.slicing import COLUMNS, Sliced, Units, attentions, layer_of, mlp_name, obstacle
+from shivelight.evaluation.peers.trained import TrainedGates
 from shivelight.execution.call import BlockCall
-from shivelight.execution.width import OwnForward, call_narrow, resized
+from shivelight.execution.width import OwnForward, call_narrow, masked_channels, resized
+from shivelight.routing.ratio_policy import timestep_sinusoids
+from shivelight.training.losses import BudgetLoss
 
 METHOD = "dydit"
-_ROWS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-_COLUMNS = ("to_out.0", "to_add_out")
-_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+_TOKENS = "shivelight_peer_tokens"
+# Of the routers of gates that train: nearly all is open at first.
+_START = 2.0
+_TIME = 256
 
 
 def dydit(where: Where, skip: float) -> OperatingPoint:
@@ -50,21 +63,24 @@ def dydit(where: Where, skip: float) -> OperatingPoint:
     ground = Ground(where)
     if not ground.bare:
         raise ground.refuse(
-            METHOD, "its gates need training, so only backbones with random weights are timed with it (bench)"
+            METHOD, "its gates need training (recipes/train_peers.py); without, it is timed on random weights (bench)"
         )
     if isinstance(where, BareLoop) and where.regions is not None:
         raise ground.refuse(METHOD, "its gates look at values in the middle of a block, so blocks are no single graphs")
     if not 0.0 < skip < 1.0:
         raise ShivelightError(f"The share that {METHOD} leaves out is {skip}; give one in (0, 1).")
-    for kind, block in ground.blocks:
-        if reason := _obstacle(kind, block):
-            raise ground.refuse(METHOD, reason)
-    widths = [_Widths(kind, block, index, ground.steps, skip) for index, (kind, block) in enumerate(ground.blocks)]
+    _refuse_unsliced(ground)
+    sliced = [Sliced(kind, block) for kind, block in ground.blocks]
+    run_heads = [active(ground.steps, own.heads, skip, generator(index, 1)) for index, own in enumerate(sliced)]
+    run_groups = [active(ground.steps, own.heads, skip, generator(index, 2)) for index, own in enumerate(sliced)]
     thresholds: dict[tuple[int, int], Tensor] = {}
 
     def block_run(index: int, passes: Passes) -> Any:
         def run(module: nn.Module, call: BlockCall, forward: Callable[..., Any]) -> tuple[Tensor, Tensor | None]:
-            sizes, slices = widths[index].at(passes.context.step)
+            step = passes.context.step
+            sizes, slices = sliced[index].at(
+                tuple(range(run_heads[index][step])), tuple(range(run_groups[index][step]))
+            )
             with resized(module, sizes):
                 return call.split(call_narrow(OwnForward(module, forward), slices, **call.arguments))
 
@@ -73,20 +89,20 @@ def dydit(where: Where, skip: float) -> OperatingPoint:
     @contextmanager
     def state() -> Any:
         passes = Passes(ground)
-        with blocks_run(ground, {index: block_run(index, passes) for index in range(len(widths))}, passes):
+        with blocks_run(ground, {index: block_run(index, passes) for index in range(len(sliced))}, passes):
             for index, (kind, block) in enumerate(ground.blocks):
-                mlp = block.get_submodule(_mlp_name(kind))
+                mlp = block.get_submodule(mlp_name(kind))
                 gate = _TokenGate(index, passes, skip, thresholds)
-                HookRegistry.check_if_exists_or_initialize(mlp).register_hook(gate, "shivelight_peer_tokens")
+                HookRegistry.check_if_exists_or_initialize(mlp).register_hook(gate, _TOKENS)
             yield
 
     def plan(shape: tuple[int, int]) -> float:
         dense = sum(cost.flops(*shape) for cost in ground.costs)
-        kept = _kept(shape[0], skip)
+        kept = _kept(shape[0], skip) / shape[0]
         saved = sum(
-            own.saved(cost, step, *shape, kept)
-            for own, cost in zip(widths, ground.costs, strict=True)
-            for step in range(ground.steps)
+            own.saved(cost, heads / own.heads, kept * groups / own.heads, *shape)
+            for own, cost, *ran in zip(sliced, ground.costs, run_heads, run_groups, strict=True)
+            for heads, groups in zip(*ran, strict=True)
         )
         return 1.0 - saved / (dense * ground.steps)
 
@@ -103,106 +119,6 @@ def active(steps: int, units: int, skip: float, draw: torch.Generator) -> list[i
 
 def _kept(tokens: int, skip: float) -> int:
     return max(1, round((1 - skip) * tokens))
-
-
-def _mlp_name(kind: BlockSpec) -> str:
-    """The module around up- and down-projection."""
-    assert kind.mlp is not None
-    return kind.mlp.down.partition(".")[0]
-
-
-def _attentions(kind: BlockSpec, block: nn.Module) -> dict[str, Any]:
-    streams = kind.streams
-    names = (*streams.joint_attention, *streams.image_attention, *streams.cross_attention)
-    return {name: getattr(block, name) for name in names if getattr(block, name, None) is not None}
-
-
-def _layer(attention: nn.Module, name: str) -> Any:
-    """A layer of an attention, or None: only some have projections of the text."""
-    first, _, rest = name.partition(".")
-    layer = getattr(attention, first, None)
-    return layer[int(rest)] if layer is not None and rest else layer
-
-
-def _obstacle(kind: BlockSpec, block: nn.Module) -> str:
-    mlp, name = kind.mlp, type(block).__name__
-    if mlp is None or mlp.fused or mlp.halves != 1 or mlp.offset(block):
-        return f"the MLP of {name} does not stand alone"
-    if kind.streams.linear_attention or "" in kind.streams.joint_attention:
-        return f"the attention of {name} cannot be sliced by heads"
-    for attention in _attentions(kind, block).values():
-        inner = {
-            getattr(layer, "out_features", None)
-            for layer in (_layer(attention, row) for row in _ROWS)
-            if layer is not None
-        }
-        if len(inner) != 1 or not hasattr(attention, "heads"):
-            return f"the attention of {name} cannot be sliced by heads"
-        size = inner.pop() // attention.heads
-        norms = [getattr(getattr(attention, norm, None), "weight", None) for norm in _NORMS]
-        if any(weight is not None and weight.numel() != size for weight in norms):
-            return f"the attention of {name} normalises over all heads together"
-    return ""
-
-
-class _Widths:
-    """Heads and channels of one block that run at each step, and what its parameters are then."""
-
-    def __init__(self, kind: BlockSpec, block: nn.Module, index: int, steps: int, skip: float) -> None:
-        assert kind.mlp is not None
-        self.mlp, self.block = kind.mlp, block
-        self.attentions = _attentions(kind, block)
-        self.heads = max(attention.heads for attention in self.attentions.values())
-        self.channels = kind.mlp.channels(block)
-        self.run_heads = active(steps, self.heads, skip, generator(index, 1))
-        self.run_groups = active(steps, self.heads, skip, generator(index, 2))
-        self.weights = {"image": 0, "text": 0}
-        for stream, patterns in (("image", kind.streams.image), ("text", kind.streams.text)):
-            for name, layer in block.named_modules():
-                inside = name.partition(".")[0] in self.attentions and isinstance(layer, nn.Linear)
-                if inside and any(fnmatchcase(name, pattern) for pattern in patterns):
-                    self.weights[stream] += layer.weight.numel()
-        self._known: dict[tuple[int, int], tuple[dict[str, int], dict[str, Tensor]]] = {}
-
-    def run_channels(self, step: int) -> int:
-        """Of the MLP."""
-        return max(1, self.channels * self.run_groups[step] // self.heads)
-
-    def at(self, step: int) -> tuple[dict[str, int], dict[str, Tensor]]:
-        """(attributes, parameters) by name relative to the block, in the place of its own."""
-        key = self.run_heads[step], self.run_channels(step)
-        if key not in self._known:
-            self._known[key] = self._slices(*key)
-        return self._known[key]
-
-    def _slices(self, heads: int, channels: int) -> tuple[dict[str, int], dict[str, Tensor]]:
-        sizes: dict[str, int] = {}
-        slices: dict[str, Tensor] = {}
-        for name, attention in self.attentions.items():
-            own = max(1, attention.heads * heads // self.heads)
-            sizes[f"{name}.heads"] = own
-            for row in _ROWS:
-                if (layer := _layer(attention, row)) is not None:
-                    count = layer.out_features // attention.heads * own
-                    slices |= {f"{name}.{row}.{part}": value[:count] for part, value in layer.named_parameters()}
-            for column in _COLUMNS:
-                if (layer := _layer(attention, column)) is not None:
-                    slices[f"{name}.{column}.weight"] = layer.weight[:, : layer.in_features // attention.heads * own]
-        for up in self.mlp.up:
-            parameters = self.block.get_submodule(up).named_parameters()
-            slices |= {f"{up}.{part}": value[:channels] for part, value in parameters}
-        slices[f"{self.mlp.down}.weight"] = self.block.get_parameter(f"{self.mlp.down}.weight")[:, :channels]
-        return sizes, slices
-
-    def saved(self, cost: Any, step: int, tokens: int, text: int, kept: int) -> float:
-        """FLOPs that a step leaves out of this block for one sample."""
-        closed = 1.0 - self.run_heads[step] / self.heads
-        linear = 2 * (self.weights["image"] * tokens + self.weights["text"] * text)
-        joint = (
-            cost.joint_width * (tokens + text) ** 2 + cost.image_width * tokens**2 + cost.cross_width * tokens * text
-        )
-        mlp = 2 * cost.channel_weights * (self.channels * tokens - self.run_channels(step) * kept)
-        return closed * (linear + 4 * joint) + mlp
 
 
 class _TokenGate(ModelHook):
@@ -222,9 +138,177 @@ class _TokenGate(ModelHook):
         if key not in self.thresholds:
             kept = x.shape[0] * _kept(x.shape[1], self.skip)
             self.thresholds[key] = scores.sort(descending=True).values[kept - 1]
-        rows = (scores >= self.thresholds[key]).nonzero()[:, 0]
-        flat = x.flatten(0, 1)
-        return torch.zeros_like(flat).index_copy_(0, rows, self.fn_ref.original_forward(flat[rows])).view_as(x)
+        return _on_rows(self.fn_ref.original_forward, x, scores >= self.thresholds[key])
+
+
+def _on_rows(mlp: Callable[..., Tensor], x: Tensor, enters: Tensor) -> Tensor:
+    """What an MLP makes of the tokens of x [B, N, D] that enter it [B * N]; nothing of the others."""
+    rows, flat = enters.nonzero()[:, 0], x.flatten(0, 1)
+    return torch.zeros_like(flat).index_copy_(0, rows, mlp(flat[rows])).view_as(x)
+
+
+def _refuse_unsliced(ground: Ground) -> None:
+    for kind, block in ground.blocks:
+        if reason := obstacle(kind, block):
+            raise ground.refuse(METHOD, reason)
+
+
+class DyditGates(TrainedGates):
+    """Routers of heads and channel groups by the timestep, which all samples of a pass share, and of the tokens that enter the MLP.
+
+    Args:
+        ground: the backbone.
+        target: share of the blocks' FLOPs.
+    """
+
+    method = METHOD
+    rate = "lr_gates"
+    weight = 20.0  # at 1, what noise closes weighs more: after 150 steps 0.9 of the FLOPs ran where 0.7 were wanted
+
+    def __init__(self, ground: Ground, target: float) -> None:
+        super().__init__(ground, target)
+        _refuse_unsliced(ground)
+        width, _, _ = ground.spec.widths(ground.backbone)
+        self._sliced = [Sliced(kind, block) for kind, block in ground.blocks]
+        self.heads = nn.ModuleList(_router(_TIME, own.heads) for own in self._sliced)
+        self.groups = nn.ModuleList(_router(_TIME, own.heads) for own in self._sliced)
+        self.tokens = nn.ModuleList(_router(width, 1) for _ in self._sliced)
+        self.mean = BudgetLoss()
+        self._saved: list[Tensor] = []
+        self._chosen: dict[tuple[int, float], tuple[Units, Units]] = {}
+
+    @contextmanager
+    def state(self, ground: Ground) -> Iterator[None]:
+        """The backbone with this in force."""
+        passes = Passes(ground)
+        run = self._run_masked if self.training else self._run_sliced
+        with blocks_run(ground, {i: partial(run, ground, passes, i) for i in range(len(self._sliced))}, passes):
+            for (kind, block), router in zip(ground.blocks, self.tokens, strict=True):
+                if not self.training:
+                    mlp = block.get_submodule(mlp_name(kind))
+                    HookRegistry.check_if_exists_or_initialize(mlp).register_hook(_Bypass(router), _TOKENS)
+            yield
+
+    def bound(self) -> tuple[Tensor, Tensor]:
+        """Of the last pass: (the loss that holds the target, the share of the FLOPs)."""
+        share = 1.0 - torch.stack(self._saved).sum()
+        return self.mean(share, self.target), share.detach()
+
+    def _run_masked(
+        self,
+        ground: Ground,
+        passes: Passes,
+        index: int,
+        module: nn.Module,
+        call: BlockCall,
+        forward: Callable[..., Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """All of the block, what is closed multiplied by zero where it is read."""
+        own, mlp = self._sliced[index], ground.blocks[index][0].mlp
+        assert mlp is not None
+        if index == 0:
+            self._saved = []
+        heads, groups = (_hard(routers[index](_time(passes)), keep_one=True) for routers in (self.heads, self.groups))
+        entering: list[Tensor] = []
+
+        def read(attention: Any) -> Callable[..., Any]:
+            mask = heads[torch.arange(attention.heads, device=heads.device) * own.heads // attention.heads]
+
+            def before(layer: nn.Module, args: tuple) -> tuple:
+                return args[0] * mask.repeat_interleave(args[0].shape[-1] // len(mask)).to(args[0].dtype), *args[1:]
+
+            return before
+
+        def enter(layer: nn.Module, args: tuple) -> None:
+            entering[:] = [_hard(self.tokens[index](args[0].float()))]
+
+        def leave(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            return output * entering[0].to(output.dtype)
+
+        whole = module.get_submodule(mlp_name(ground.blocks[index][0]))
+        handles = [whole.register_forward_pre_hook(enter), whole.register_forward_hook(leave)]
+        handles += [
+            layer.register_forward_pre_hook(read(attention))
+            for attention in attentions(ground.blocks[index][0], module).values()
+            for layer in (layer_of(attention, name) for name in COLUMNS)
+            if layer is not None
+        ]
+        channels = groups[torch.arange(own.channels, device=groups.device) * own.heads // own.channels]
+        try:
+            with masked_channels(module, mlp, channels.expand(len(call.image), -1)):
+                result = call.split(forward(**call.arguments))
+        finally:
+            for handle in handles:
+                handle.remove()
+        shape = call.image.shape[1], call.text_tokens
+        dense = sum(cost.flops(*shape) for cost in ground.costs)
+        channel_share = groups.mean() * entering[0].mean()
+        self._saved.append(own.saved(ground.costs[index], heads.mean(), channel_share, *shape) / dense)
+        return result
+
+    def _run_sliced(
+        self,
+        ground: Ground,
+        passes: Passes,
+        index: int,
+        module: nn.Module,
+        call: BlockCall,
+        forward: Callable[..., Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is open at this timestep alone."""
+        assert passes.context.steps is not None
+        key = index, passes.context.steps[passes.context.step]
+        if (
+            key not in self._chosen
+        ):  # read from the device once for each timestep, as the paper does before it is deployed
+            heads, groups = (_units_open(routers[index](_time(passes))) for routers in (self.heads, self.groups))
+            self._chosen[key] = heads, groups
+        sizes, slices = self._sliced[index].at(*self._chosen[key])
+        with resized(module, sizes):
+            return call.split(call_narrow(OwnForward(module, forward), slices, **call.arguments))
+
+
+class _Bypass(ModelHook):
+    """On an MLP: runs it on the tokens that a trained router lets in."""
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+
+    def new_forward(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [B, N, D] -> [B, N, D]."""
+        return _on_rows(self.fn_ref.original_forward, x, (self.router(x.float()) > 0).flatten())
+
+
+def _time(passes: Passes) -> Tensor:
+    """The embedding of a pass's timestep, which all its samples share."""
+    time = passes.context.timestep
+    assert time is not None
+    return timestep_sinusoids(time.reshape(-1)[:1].float(), _TIME)[0]
+
+
+def _router(inputs: int, outputs: int) -> nn.Linear:
+    router = nn.Linear(inputs, outputs)
+    nn.init.zeros_(router.weight)
+    nn.init.constant_(router.bias, _START)
+    return router
+
+
+def _hard(logits: Tensor, keep_one: bool = False) -> Tensor:
+    """Open (1) or closed (0) gates like the logits, straight through to a sigmoid with Gumbel noise; the likeliest along the last
+    dimension stays open where asked for."""
+    uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+    soft = torch.sigmoid(logits + uniform.log() - (-uniform).log1p())
+    opened = soft > 0.5
+    if keep_one:
+        opened = opened | (logits == logits.max())
+    return opened.float() + soft - soft.detach()
+
+
+def _units_open(logits: Tensor) -> Units:
+    """Which units [U] are open without noise; the likeliest at least."""
+    opened = (logits > 0) | (logits == logits.max())
+    return tuple(opened.nonzero()[:, 0].tolist())
 
 
 def dydit_points(ground: Ground) -> list[OperatingPoint]:

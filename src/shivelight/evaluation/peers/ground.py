@@ -20,6 +20,8 @@ from shivelight.evaluation.bare import BareLoop
 from shivelight.evaluation.comparison import Comparison, OperatingPoint
 from shivelight.execution.call import BlockCall
 from shivelight.execution.context import Clock, StepContext
+from shivelight.execution.region import Taps, run_whole
+from shivelight.execution.rotary import turning
 
 Where = Comparison | BareLoop
 Plan = Callable[[tuple[int, int]], float]
@@ -179,6 +181,18 @@ def blocks_run(ground: Ground, run: Mapping[int, BlockForward], passes: Passes) 
             kind, block = ground.blocks[index]
             HookRegistry.check_if_exists_or_initialize(block).register_hook(_BlockHook(kind, passes, function), _HOOK)
         yield
+
+
+def run_gathered(
+    module: nn.Module, call: BlockCall, forward: Callable[..., Any], x: Tensor, indices: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """(image [B, k, D], text): a block on the tokens at `indices` [B, k] of x [B, N, D], each at its own place."""
+    layers, turns, unturned = turning(module, call, indices)
+    taps = Taps()
+    try:
+        return call.split(run_whole(forward, call.on_tokens(x, indices) | unturned, None, taps.on(layers), turns))
+    finally:
+        taps.remove()
 
 
 @contextmanager

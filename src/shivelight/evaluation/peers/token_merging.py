@@ -25,10 +25,8 @@ from torch import Tensor, nn
 from shivelight.backbones.spec import near_square
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.comparison import OperatingPoint
-from shivelight.evaluation.peers.ground import Ground, Passes, Where, blocks_run, generator
+from shivelight.evaluation.peers.ground import Ground, Passes, Where, blocks_run, generator, run_gathered
 from shivelight.execution.call import BlockCall
-from shivelight.execution.region import Taps, run_whole
-from shivelight.execution.rotary import turning
 from shivelight.execution.tokens import gather_tokens, queued
 
 METHOD = "token-merging"
@@ -125,13 +123,7 @@ def token_merging(where: Where, ratio: float) -> OperatingPoint:
             chosen = destinations(rows, columns, generator(index, passes.context.step))
             matching = match(x, chosen, count)
             mixed = merge(x, matching)
-            layers, turns, unturned = turning(module, call, matching.kept)
-            taps = Taps()
-            try:
-                arguments = call.on_tokens(mixed, matching.kept) | unturned
-                image, text = call.split(run_whole(forward, arguments, None, taps.on(layers), turns))
-            finally:
-                taps.remove()
+            image, text = run_gathered(module, call, forward, mixed, matching.kept)
             return x + unmerge(image - gather_tokens(mixed, matching.kept), matching, x.shape[1]), text
 
         return run
