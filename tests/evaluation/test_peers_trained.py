@@ -12,9 +12,11 @@ import pytest
 import torch
 from families import build
 from peering import STEPS, attributes, bare, block_flops, compared
+from safetensors.torch import load_file
 from torch import Tensor
 
 import shivelight as sl
+from shivelight.adapter_files import read_deltas
 from shivelight.config import DeltaConfig
 from shivelight.evaluation.bare import BareLoop
 from shivelight.evaluation.peers import TRAINED, trained_point
@@ -22,7 +24,7 @@ from shivelight.evaluation.peers.diffcr import BINS, REGIONS, DiffcrGates, regio
 from shivelight.evaluation.peers.dydit import DyditGates
 from shivelight.evaluation.peers.ground import Ground
 from shivelight.evaluation.peers.slicing import members
-from shivelight.evaluation.peers.trained import SETTINGS, TrainedGates, save_gates
+from shivelight.evaluation.peers.trained import SETTINGS, WEIGHTS, TrainedGates, save_gates
 from shivelight.evaluation.peers.training import PeerTrainer
 from shivelight.training.cache import LatentCache
 from shivelight.training.session import TeacherRecord
@@ -245,7 +247,13 @@ def test_a_run_goes_on_where_it_stopped_and_is_read_back(
         dense = sample(comparison.pipe, ["a b"])
     with point.state():
         tuned = sample(comparison.pipe, ["a b"])
-    assert not torch.allclose(tuned, dense, atol=1e-3)
+    with comparison.finetuned(read_deltas(comparison.pipe, folder)).state():
+        ungated = sample(comparison.pipe, ["a b"])
+    gates = TRAINED[method](Ground(comparison), 0.6).eval()
+    gates.load_state_dict(load_file(folder / WEIGHTS))
+    with comparison.routed.switched(False), gates.state(Ground(comparison)):
+        untuned = sample(comparison.pipe, ["a b"])
+    assert not any(torch.equal(tuned, other) for other in (dense, ungated, untuned))
     with comparison.routed.switched(False):
         assert torch.equal(sample(comparison.pipe, ["a b"]), dense)
 
