@@ -208,7 +208,8 @@ class DyditGates(TrainedGates):
         assert mlp is not None
         if index == 0:
             self._saved = []
-        heads, groups = (_hard(routers[index](_time(passes)), keep_one=True) for routers in (self.heads, self.groups))
+        time = _time(passes)
+        heads, groups = (self._hard(routers[index](time), keep_one=True) for routers in (self.heads, self.groups))
         entering: list[Tensor] = []
 
         def read(attention: Any) -> Callable[..., Any]:
@@ -220,7 +221,7 @@ class DyditGates(TrainedGates):
             return before
 
         def enter(layer: nn.Module, args: tuple) -> None:
-            entering[:] = [_hard(self.tokens[index](args[0].float()))]
+            entering[:] = [self._hard(self.tokens[index](args[0].float()))]
 
         def leave(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
             return output * entering[0].to(output.dtype)
@@ -246,6 +247,16 @@ class DyditGates(TrainedGates):
         self._saved.append(own.saved(ground.costs[index], heads.mean(), channel_share, *shape) / dense)
         return result
 
+    def _hard(self, logits: Tensor, keep_one: bool = False) -> Tensor:
+        """Open (1) or closed (0) gates like the logits, straight through to a sigmoid with Gumbel noise; the likeliest of all stays
+        open where asked for."""
+        uniform = torch.rand(logits.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6).to(logits.device)
+        soft = torch.sigmoid(logits + uniform.log() - (-uniform).log1p())
+        opened = soft > 0.5
+        if keep_one:
+            opened = opened | (logits == logits.max())
+        return opened.float() + soft - soft.detach()
+
     def _run_sliced(
         self,
         ground: Ground,
@@ -258,9 +269,8 @@ class DyditGates(TrainedGates):
         """What is open at this timestep alone."""
         assert passes.context.steps is not None
         key = index, passes.context.steps[passes.context.step]
-        if (
-            key not in self._chosen
-        ):  # read from the device once for each timestep, as the paper does before it is deployed
+        if key not in self._chosen:
+            # Read from the device once for each timestep, as the paper does before it is deployed.
             heads, groups = (_units_open(routers[index](_time(passes))) for routers in (self.heads, self.groups))
             self._chosen[key] = heads, groups
         sizes, slices = self._sliced[index].at(*self._chosen[key])
@@ -292,17 +302,6 @@ def _router(inputs: int, outputs: int) -> nn.Linear:
     nn.init.zeros_(router.weight)
     nn.init.constant_(router.bias, _START)
     return router
-
-
-def _hard(logits: Tensor, keep_one: bool = False) -> Tensor:
-    """Open (1) or closed (0) gates like the logits, straight through to a sigmoid with Gumbel noise; the likeliest along the last
-    dimension stays open where asked for."""
-    uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-    soft = torch.sigmoid(logits + uniform.log() - (-uniform).log1p())
-    opened = soft > 0.5
-    if keep_one:
-        opened = opened | (logits == logits.max())
-    return opened.float() + soft - soft.detach()
 
 
 def _units_open(logits: Tensor) -> Units:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ class TrainedGates(nn.Module, ABC):
         method: the peer's name.
         rate: the learning rate of `TrainingConfig` that they have.
         weight: of the bound beside the other losses.
+        generator: of the noise of training, on the CPU; torch's own if None.
     """
 
     method: ClassVar[str]
@@ -46,6 +48,7 @@ class TrainedGates(nn.Module, ABC):
         if not 0.0 < target <= 1.0:
             raise ShivelightError(f"The target of {self.method} is {target}; give a share in (0, 1].")
         self.target = target
+        self.generator: torch.Generator | None = None
 
     @abstractmethod
     def state(self, ground: Ground) -> AbstractContextManager[Any]:

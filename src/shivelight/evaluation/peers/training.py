@@ -105,6 +105,7 @@ class _BoundLessons(Lessons):
 
     def micro_batch(self, stage: StageName, draw: Draw, step: int, fit: bool = False) -> dict[str, Tensor]:
         """Also the share that is held."""
+        self.gates.generator = draw.generator  # a function of the step, so that a resumed run is the uninterrupted one
         losses = super().micro_batch(stage, draw, step, fit)
         loss, share = self.gates.bound()
         return losses | {"total": losses["total"] + self.gates.weight * loss, "share": share}
