@@ -8,38 +8,67 @@ or add their residuals of one step earlier. The gradient to the gate is <g, r>, 
 h/2 |r|^2 from it where the block runs, and adds it where it does not (`training/estimators.py`, there for tokens), h one scalar for
 each block, fitted by least squares to flips on training pictures. Judged on held-out pictures, per block and timestep.
 
-**Check training**: what routers learn by either, from the same start on the same batches, and, where closed blocks reuse, by
-measured damage. Judged on held-out pictures at shares of open gates, which the dial is turned to: the mean square of what the
-output misses of the dense one's. A finished cell is kept.
+That routers learn no better by it was seen with a trainer that had it (docs/decisions/estimator.md), whose rows are kept.
 """
 
 import argparse
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from estimators import JUDGED_AT, TIMES, agreement, cache_of, drawn
+from estimators import TIMES, agreement, cache_of, drawn
 from torch import Tensor
 
 from shivelight.cli import common
 from shivelight.config import BlockRouting, Reuse, RoutingConfig
 from shivelight.demo import pipeline as embedded
 from shivelight.evaluation.results import new_results, new_row, read_results, write_results
-from shivelight.training.curvature import FixedGates
 from shivelight.training.estimators import curvature_moments
 from shivelight.training.passes import Batch
-from shivelight.training.session import TeacherRecord
+from shivelight.training.session import BlockSession, TeacherRecord
 from shivelight.training.stages import TrainingConfig
 from shivelight.training.trainer import Trainer
 
 OUT = Path("benchmarks/results/gate-gains.json")
 OPEN = 0.7
-SHARES = (0.8, 0.6)
-SIGNALS = ("first order", "second order", "damage")
 ESTIMATES = ("first order", "second order", "second order refitted")
+
+
+@dataclass
+class FixedGates(BlockSession):
+    """A pass in which gates are given, and |r|^2 of both streams is noted, r what running a block adds.
+
+    Attributes:
+        given: per block [B], 0 or 1.
+        squares: per block [B].
+    """
+
+    given: dict[int, Tensor] = field(default_factory=dict)
+    squares: dict[int, Tensor] = field(default_factory=dict)
+
+    def choose(self, block: int, logits: Tensor) -> tuple[tuple[bool, ...], Tensor | None]:
+        """As given."""
+        self._gates[block] = self.given[block]
+        return tuple((self.given[block].detach() > 0.5).tolist()), None
+
+    def leave(
+        self, block: int, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Also note how much running adds; of a block that is closed, as the teacher's."""
+        ran, cached = self.given[block].detach() > 0.5, self.cached.get(block)
+        missed = self.teacher.residuals[block], self.teacher.text_residuals.get(block)
+        stale = (None, None) if cached is None else (cached.residual, cached.text_residual)
+        total = torch.zeros(len(ran), device=ran.device)
+        for x, out, closed, old in zip(before, after, missed, stale, strict=True):
+            if x is not None and out is not None and closed is not None:
+                added = torch.where(ran[:, None, None], (out - x).detach(), closed)
+                total += (added if old is None else added - old).float().square().flatten(1).sum(1)
+        self.squares[block] = total
+        return super().leave(block, before, after)
 
 
 class Gains:
@@ -85,7 +114,7 @@ class Gains:
 
         def session(gates: Tensor) -> FixedGates:
             given = dict(zip(routed, gates, strict=True))
-            return FixedGates(teacher, (1.0,), cached=cached, measures=True, given=given)
+            return FixedGates(teacher, (1.0,), cached=cached, given=given)
 
         gates = opened.clone().requires_grad_()
         ran = session(gates)
@@ -159,113 +188,29 @@ def rows_of(closed: str, gains: Gains, args: argparse.Namespace) -> list[dict[st
     return rows
 
 
-@torch.no_grad()
-def judged(trainer: Trainer, held_out: Any, samples: int) -> dict[str, dict[str, float]]:
-    """By share of open gates that was wanted: that which the dial came to, and the mean square of what the output misses."""
-    passes, lessons, seen = trainer.passes, trainer.lessons, trainer.passes.cache
-    passes.cache = held_out
-    draws = [drawn(sigma, samples, samples * place, 1000 + place) for place, sigma in enumerate(JUDGED_AT)]
-    batches = [passes.batch(draw) for draw in draws]
-    teachers = [TeacherRecord(()) for _ in draws]
-    wanted = [passes.teacher(batch, teacher) for batch, teacher in zip(batches, teachers, strict=True)]
-    cached = [passes.cached(draw, batch) for draw, batch in zip(draws, batches, strict=True)]
-    found = {}
-    for share in SHARES:
-        low, high = -20.0, 20.0
-        for _ in range(14):
-            shift, opened, errors = (low + high) / 2, [], []
-            for place, draw in enumerate(draws):
-                draw.shift = shift
-                session = lessons._block_session(draw, teachers[place], cached[place])
-                trainer.routed.gate_session = session
-                prediction = passes.predict(batches[place])
-                opened.append(session.ran().float().mean())
-                errors.append((prediction - wanted[place]).square().mean())
-            low, high = (shift, high) if float(torch.stack(opened).mean()) < share else (low, shift)
-        found[f"{share:g}"] = {"open": float(torch.stack(opened).mean()), "error": float(torch.stack(errors).mean())}
-    trainer.routed.gate_session, passes.cache = None, seen
-    return found
-
-
-def train_cell(
-    closed: str, signal: str, seed: int, caches: tuple[Any, Any], args: argparse.Namespace
-) -> dict[str, Any]:
-    """Train routers by one signal, or by none."""
-    estimator: Any = "residual-2" if signal == "second order" else "residual"
-    config = TrainingConfig(
-        router_steps=args.steps, policy_steps=0, joint_steps=0, groups=1, group_size=args.samples, seed=seed,
-        estimator=estimator, gate_signal="damage" if signal == "damage" else "gradient", rank_batches=0,
-    )  # fmt: skip
-    reuse = closed == "reuse"
-    routing = RoutingConfig(None, BlockRouting(widths=(1.0,), closed=closed), reuse=Reuse() if reuse else None)
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision="bf16", cpu=common.DEFAULT_DEVICE == "cpu")
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
-            embedded.load_pipeline(common.DEFAULT_DEVICE), routing, config, caches[0], Path(scratch), accelerator
-        )
-        for _ in range(args.steps):
-            trainer.train_step()
-        shares = judged(trainer, caches[1], args.samples)
-    return new_row(
-        signal, {}, check="training", closed=closed, seed=seed, training_steps=args.steps,
-        shares=shares,
-    )  # fmt: skip
-
-
-def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Over seeds, and over those of the first order."""
-    cells = {(row["closed"], row["method"], row["seed"]): row["shares"] for row in rows if row["check"] == "training"}
-    found = []
-    for closed, signal in dict.fromkeys((closed, signal) for closed, signal, _ in cells):
-        own = {seed: shares for (c, s, seed), shares in cells.items() if (c, s) == (closed, signal)}
-        base = {seed: cells[closed, "first order", seed] for seed in own if (closed, "first order", seed) in cells}
-        for share in map("{:g}".format, SHARES):
-            found.append(new_row(
-                signal, {}, check="training, mean", closed=closed, share=float(share), seeds=len(own),
-                output_error=sum(shares[share]["error"] for shares in own.values()) / len(own),
-                over_first_order=[own[seed][share]["error"] / base[seed][share]["error"] for seed in base],
-            ))  # fmt: skip
-    return found
-
-
 def main() -> None:
     """Run what is missing, writing the JSON after every piece."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=4, help="at each of three timesteps, on either set of pictures")
     parser.add_argument("--samples", type=int, default=8, help="of a batch")
-    parser.add_argument("--steps", type=int, default=200, help="training steps of a cell")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pictures", type=int, default=512, help="to train on")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     common.quiet_libraries()
     results = new_results(device=common.DEFAULT_DEVICE, open=OPEN)
     if args.out.exists():
-        results["rows"] = [row for row in read_results(args.out)["rows"] if row["check"] != "training, mean"]
-    done = {(row["closed"], row["method"], row.get("seed")) for row in results["rows"]}
+        results["rows"] = [row for row in read_results(args.out)["rows"] if row["check"].startswith("training")]
     with tempfile.TemporaryDirectory() as scratch:
-        count = max(args.batches, len(JUDGED_AT)) * args.samples
-        pipe = embedded.load_pipeline(common.DEFAULT_DEVICE)
+        pipe, count = embedded.load_pipeline(common.DEFAULT_DEVICE), args.batches * args.samples
         caches = (
-            cache_of(pipe, Path(scratch) / "train", "train", args.pictures),
+            cache_of(pipe, Path(scratch) / "train", "train", count),
             cache_of(pipe, Path(scratch) / "validation", "validation", count),
         )
         for closed in ("pass", "reuse"):
-            if (closed, ESTIMATES[0], None) not in done:
-                gains = Gains(
-                    embedded.load_pipeline(common.DEFAULT_DEVICE), caches, closed == "reuse", Path(scratch) / closed
-                )
-                results["rows"] += rows_of(closed, gains, args)
-                write_results(args.out, results)
-        signals = {"pass": SIGNALS[:-1], "reuse": SIGNALS}
-        for seed in range(args.seeds):
-            for closed, signal in ((closed, signal) for closed, own in signals.items() for signal in own):
-                if (closed, signal, seed) not in done:
-                    results["rows"].append(train_cell(closed, signal, seed, caches, args))
-                    print(results["rows"][-1], flush=True)
-                    write_results(args.out, results)
-    write_results(args.out, results | {"rows": [*results["rows"], *means(results["rows"])]})
+            gains = Gains(
+                embedded.load_pipeline(common.DEFAULT_DEVICE), caches, closed == "reuse", Path(scratch) / closed
+            )
+            results["rows"] += rows_of(closed, gains, args)
+    write_results(args.out, results)
 
 
 if __name__ == "__main__":

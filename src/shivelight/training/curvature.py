@@ -1,4 +1,4 @@
-"""The curvature h of each block, for the second order of a token's gain, or of a gate's: fitted to true flips while a run goes on.
+"""The curvature h of each block, for the second order of a token's gain: fitted to true flips while a run goes on.
 
 A fit repeats the student's pass on the same batch and the same decisions, but in one block a few tokens change places: as many
 that were kept are left out as rejected ones are put in, so that k stays, every gather remains a real batch, and what residuals
@@ -6,8 +6,6 @@ have in common cancels. The change of the loss, its first order and the sum of |
 (`estimators.curvature_moments`); h is the ratio of the equations' running averages. A fit costs one forward pass without
 gradients, and all fits of a step one more backward pass through one micro-batch. Every block is fitted once before it is used;
 afterwards one block in turn every `FIT_EVERY` steps.
-
-Of gates, a fit turns one block's for all samples of the batch: what ran is closed, what was closed runs.
 
 Shapes: B samples, N tokens, L routed blocks.
 """
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from shivelight.execution.reuse import CachedPass
-from shivelight.training.session import BlockSession, TokenSession
+from shivelight.training.session import TokenSession
 
 FIT_EVERY = 4
 _NEWEST = 0.2  # weight of the newest equation in the averages
@@ -113,12 +111,6 @@ class SwapSession:
         return out
 
 
-def repeated(session: TokenSession) -> SwapSession:
-    """The pass of a session again, in which no token changes places."""
-    nothing = torch.zeros(0, dtype=torch.bool)
-    return SwapSession(session, -1, nothing, nothing)
-
-
 def swapped(session: TokenSession, block: int, generator: torch.Generator) -> SwapSession | None:
     """Draw which tokens change places, as many of each sample; None where all tokens are kept, or none."""
     samples, tokens = session.kept[block].shape
@@ -146,43 +138,3 @@ def first_order(swap: SwapSession, gain: Tensor) -> tuple[Tensor, Tensor]:
     squares = swap.base.squares[swap.block]
     moved = swap.put_in | swap.taken_out
     return (gain * swap.put_in).sum() - (gain * swap.taken_out).sum(), (squares * moved).sum()
-
-
-@dataclass
-class FixedGates(BlockSession):
-    """A `GateSession` that repeats a pass with gates that are given, whatever routers say of what has changed.
-
-    Attributes:
-        given: per block [B], 0 or 1.
-        widths_of: the pass, whose widths stay.
-    """
-
-    given: dict[int, Tensor] = field(default_factory=dict)
-    widths_of: BlockSession | None = None
-
-    def choose(self, block: int, logits: Tensor) -> tuple[tuple[bool, ...], Tensor | None]:
-        """As given."""
-        self.gates[block] = self._running[block] = self.given[block]
-        mask = None if self.widths_of is None else self.widths_of.masks[block]
-        return tuple((self.given[block].detach() > 0.5).tolist()), mask
-
-
-def turned(session: BlockSession, block: int) -> FixedGates:
-    """The pass of a session with one block's gates turned."""
-    given = {other: gate.detach() for other, gate in session.gates.items()}
-    given[block] = 1.0 - given[block]
-    return FixedGates(
-        session.teacher, session.widths, session.orders, session.dial, session.cached, given=given, widths_of=session
-    )
-
-
-def first_order_of_turn(session: BlockSession, block: int, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """What the first order predicts of a turn, and the sum of |r|^2 over its samples.
-
-    Args:
-        session: of the pass.
-        block: whose gates are turned.
-        gain: [B], the gradient of the loss to them.
-    """
-    signs = torch.where(session.runs(block), -1.0, 1.0)
-    return (signs * gain).sum(), session.squares[block].sum()

@@ -13,7 +13,7 @@ from torch import Tensor
 from shivelight.execution.reuse import CachedPass
 from shivelight.execution.routed import Routed
 from shivelight.routing import Dial, solve_anchor
-from shivelight.training.curvature import Curvature, first_order, first_order_of_turn, repeated, swapped, turned
+from shivelight.training.curvature import Curvature, first_order, swapped
 from shivelight.training.damage import GateReading, damage_loss
 from shivelight.training.draws import Draw, Draws
 from shivelight.training.estimators import anneal, curvature_moments
@@ -38,7 +38,6 @@ class Lessons:
     Attributes:
         averages: of the losses on targets, over micro-batches.
         curvature: of each block, where tokens' gains are of the second order.
-        gate_curvature: likewise where gates' are.
         features_at: blocks whose outputs are compared.
     """
 
@@ -52,9 +51,6 @@ class Lessons:
         self.curvature: Curvature | None = None
         if config.estimator == "residual-2" and routed.config.tokens is not None:
             self.curvature = Curvature(routed.routed, accelerator.reduce).to(accelerator.device)
-        self.gate_curvature: Curvature | None = None
-        if config.estimator == "residual-2" and routed.config.blocks is not None and config.gate_signal == "gradient":
-            self.gate_curvature = Curvature(routed.routed, accelerator.reduce).to(accelerator.device)
         blocks = len(routed.planner.costs)
         chosen = {*range(config.feature_every - 1, blocks, config.feature_every), blocks - 1}
         self.features_at = tuple(sorted(chosen & set(routed.routed)))
@@ -64,8 +60,6 @@ class Lessons:
         held = {f"{name}.{part}": b for name, loss in self.averages.items() for part, b in loss.named_buffers()}
         if self.curvature is not None:
             held |= {f"curvature.{part}": buffer for part, buffer in self.curvature.named_buffers()}
-        if self.gate_curvature is not None:
-            held |= {f"gate_curvature.{part}": buffer for part, buffer in self.gate_curvature.named_buffers()}
         return held
 
     def micro_batch(self, stage: StageName, draw: Draw, step: int, fit: bool = False) -> dict[str, Tensor]:
@@ -93,10 +87,6 @@ class Lessons:
             if fit:
                 self._fit_curvature(step, draw, batch, wanted, session, missed)
             total = total + session.second_order(self.curvature.of)
-        if gating is not None and self.gate_curvature is not None:
-            if fit:
-                self._fit_gate_curvature(step, batch, wanted, session, gating, missed)
-            total = total + gating.second_order(self.gate_curvature.of)
         if session is not None:
             losses["keep"] = session.ratios.mean()
             if stage != "router" and config.budget == "loss" and self.routed.policy is not None:
@@ -161,33 +151,6 @@ class Lessons:
             # Gradient checkpointing runs the blocks once more, with the sessions of the pass itself.
             self.routed.session, self.routed.gate_session = before
 
-    def _fit_gate_curvature(
-        self,
-        step: int,
-        batch: Batch,
-        wanted: Tensor,
-        session: TokenSession | None,
-        gating: BlockSession,
-        missed: Tensor,
-    ) -> None:
-        """Turn the gates of each block that is due, and see how far the first order is off."""
-        assert self.gate_curvature is not None
-        due = [block for block in self.gate_curvature.due(step) if session is None or block in session.decided]
-        gains = torch.autograd.grad(missed, [gating.gates[block] for block in due], retain_graph=True) if due else ()
-        before = self.routed.session, self.routed.gate_session
-        try:
-            for block, gain in zip(due, gains, strict=True):
-                again, kept = turned(gating, block), None if session is None else repeated(session)
-                self.routed.session, self.routed.gate_session = kept, again
-                with torch.no_grad():
-                    changed, _ = self._missed(batch, gating.teacher, wanted, self.passes.predict(batch), again.features)
-                predicted, squares = first_order_of_turn(gating, block, gain)
-                moments = curvature_moments((changed - missed.detach())[None], predicted[None], squares[None])
-                self.gate_curvature.update(block, moments)
-        finally:
-            # Gradient checkpointing runs the blocks once more, with the sessions of the pass itself.
-            self.routed.session, self.routed.gate_session = before
-
     def _damage(
         self, draw: Draw, reading: GateReading, batch: Batch, wanted: Tensor, cached: dict[int, CachedPass]
     ) -> Tensor:
@@ -239,13 +202,13 @@ class Lessons:
         if gates is None or blocks is None:
             return None
         orders = {block: gates.order(block) for block in self.routed.routed} if len(blocks.widths) > 1 else {}
-        dial, measures = Dial(blocks.threshold, draw.shift), self.gate_curvature is not None
+        dial = Dial(blocks.threshold, draw.shift)
         if not self.routed.config.closed_reuse:
-            return BlockSession(teacher, blocks.widths, orders, dial, measures=measures)
+            return BlockSession(teacher, blocks.widths, orders, dial)
         logits = gates.raised(draw.age)
         assert logits is not None
         raised = dict(zip(self.routed.routed, logits, strict=True))
-        return BlockSession(teacher, blocks.widths, orders, dial, cached, raised, measures=measures)
+        return BlockSession(teacher, blocks.widths, orders, dial, cached, raised)
 
     @torch.no_grad()
     def _record(self, timesteps: Tensor, gate: Tensor, width: Tensor, shift: float) -> None:

@@ -27,9 +27,6 @@ from shivelight.training.relaxations import (
 )
 from shivelight.training.stages import EstimatorName
 
-# What concerns a block's image and text tokens; the latter None where it has none.
-Streams = tuple[Tensor | None, Tensor | None]
-
 
 @dataclass
 class TeacherRecord:
@@ -194,10 +191,6 @@ class BlockSession:
         raised: per routed block, what the age of that pass adds to its gate's logit; none where it passes by.
         logits: per routed block, those that the gate goes by, with their gradients and without the shift.
         features: the student's outputs of the blocks that are compared.
-        gates: per block [B], exactly 0 or 1, with their gradients.
-        masks: per block, those of its MLP's channels; None at its whole width.
-        measures: whether |r|^2 is wanted.
-        squares: per block [B], |r|^2 of both streams, r what running the block adds.
     """
 
     teacher: TeacherRecord
@@ -208,40 +201,31 @@ class BlockSession:
     raised: dict[int, Tensor] = field(default_factory=dict)
     logits: dict[int, GateLogits] = field(default_factory=dict)
     features: dict[int, Tensor] = field(default_factory=dict)
-    gates: dict[int, Tensor] = field(default_factory=dict)
-    masks: dict[int, Tensor | None] = field(default_factory=dict)
-    measures: bool = False
-    squares: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._running: dict[int, Tensor] = {}
+        self._gates: dict[int, Tensor] = {}
 
     def choose(self, block: int, logits: Tensor) -> tuple[tuple[bool, ...], Tensor | None]:
         """Gate and width mask with their straight-through gradients."""
         own = self.logits[block] = GateLogits(logits[:, 0] + self.raised.get(block, 0.0), logits[:, 1:])
-        gate = self._running[block] = straight_through_gate(own.gate, self.dial)
-        # The first one is what the loss depends on: gradient checkpointing runs the block a second time.
-        self.gates.setdefault(block, gate)
-        self.masks[block] = None
+        gate = self._gates[block] = straight_through_gate(own.gate, self.dial)
+        mask = None
         if len(self.widths) > 1:
             order = self.orders[block]
-            self.masks[block] = width_mask(self.dial.moved_widths(own.width), self.widths, len(order), order)
-        return tuple((gate.detach() > 0.5).tolist()), self.masks[block]
+            mask = width_mask(self.dial.moved_widths(own.width), self.widths, len(order), order)
+        return tuple((gate.detach() > 0.5).tolist()), mask
 
     def runs(self, block: int) -> Tensor:
         """[B] bool, which samples run the block in this pass."""
-        return self.gates[block].detach() > 0.5
+        return self._gates[block].detach() > 0.5
 
     def leave(
         self, block: int, before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
         """x + g (Block(x) - x) on both streams; for samples that skip the block, the teacher's residual says what it is. With
         cached residuals c instead x + c + g (Block(x) - x - c)."""
-        gate, cached = self._running[block], self.cached.get(block)
+        gate, cached = self._gates[block], self.cached.get(block)
         stale = (None, None) if cached is None else (cached.residual, cached.text_residual)
-        if self.measures:
-            missed = self.teacher.residuals[block], self.teacher.text_residuals.get(block)
-            self.squares[block] = self._squares(block, before, after, missed, stale)
         image = self._gated(before[0], after[0], gate, self.teacher.residuals[block], stale[0])
         text = after[1]
         if text is not None and before[1] is not None and block in self.teacher.text_residuals:
@@ -249,24 +233,6 @@ class BlockSession:
         if block in self.teacher.features_at:
             self.features[block] = image
         return image, text
-
-    @torch.no_grad()
-    def _squares(self, block: int, before: Streams, after: Streams, missed: Streams, stale: Streams) -> Tensor:
-        total = torch.zeros(len(self.gates[block]), device=self.gates[block].device)
-        for x, out, closed, cached in zip(before, after, missed, stale, strict=True):
-            if x is None or out is None or closed is None:
-                continue
-            added = torch.where(self.runs(block)[:, None, None], out - x, closed.to(out.dtype)).float()
-            total += (added if cached is None else added - cached.float()).square().flatten(1).sum(1)
-        return total
-
-    def second_order(self, curvature: Callable[[int], Tensor]) -> Tensor:
-        """The second order of all gates' gains, to be added to the loss; `curvature` gives a block's h."""
-        terms = [
-            second_order_term(gate, self.runs(block), self.squares[block], curvature(block))
-            for block, gate in self.gates.items()
-        ]
-        return torch.stack(terms).sum()
 
     @staticmethod
     def _gated(x: Tensor, out: Tensor, gate: Tensor, residual: Tensor, cached: Tensor | None) -> Tensor:
@@ -289,11 +255,11 @@ class BlockSession:
 
     def ran(self) -> Tensor:
         """[L, B] bool, in this pass."""
-        return torch.stack([gate.detach() > 0.5 for gate in self.gates.values()])
+        return torch.stack([gate.detach() > 0.5 for gate in self._gates.values()])
 
     def chosen_widths(self) -> Tensor:
         """[L, B], shares of the MLPs that were chosen in this pass."""
-        shares = torch.tensor(self.widths, device=next(iter(self.gates.values())).device)
+        shares = torch.tensor(self.widths, device=next(iter(self._gates.values())).device)
         chosen = [width_choice(self.dial.moved_widths(own.width.detach())) for own in self.logits.values()]
         return torch.stack([shares[places] for places in chosen])
 
