@@ -4,7 +4,7 @@ same losses and the same rank of DoRA deltas as the shipped `tokens` adapter had
     python recipes/train_peers.py                                  # both at 0.7 and 0.5 into runs/peers; resumes by itself
     python benchmarks/front.py --use 25 --trained runs/peers/dydit-0.7 --trained ...
 
-Two hours on 2 cores.
+About an hour on 2 cores.
 """
 
 import argparse
