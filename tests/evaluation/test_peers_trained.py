@@ -84,6 +84,7 @@ def test_dydit_counts_what_torch_counts(name: str) -> None:
         handle.remove()
     generated(loop, gates, False)  # widths are worked out once
     ran = ran_share(loop, gates)
+    assert gates.plan(ground, lambda: generated(loop, gates, False))((16, 8)) == pytest.approx(ran, rel=1e-3)
     assert sum(shares) / len(shares) == pytest.approx(ran, rel=1e-3) and 0.3 < ran < 0.9
 
 
@@ -132,8 +133,7 @@ def test_diffcr_at_a_bin_is_what_it_runs_afterwards(name: str) -> None:
     torch.testing.assert_close(generated(loop, gates, True), afterwards, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(afterwards, dense, atol=1e-3)
     assert torch.equal(loop(), dense) and attributes(loop.transformer) == before
-    plan = gates.plan(ground)
-    assert plan is not None
+    plan = gates.plan(ground, lambda: generated(loop, gates, False))
     assert ran_share(loop, gates) == pytest.approx(plan((16, 0 if name == "dit" else 8)), rel=1e-3)
 
 
@@ -222,7 +222,7 @@ def test_a_run_goes_on_where_it_stopped_and_is_read_back(
     folder = whole.run()
     ended = {name: value.detach().clone() for name, value in whole.gates.named_parameters()}
     assert any(not torch.equal(value, started[f"gates.{name}"]) for name, value in ended.items())
-    assert all(0 < record["share"] <= 1 for record in whole.history)
+    assert all(0 < record["share"] <= 1 and record["features"] > 0 for record in whole.history)
     whole.close()
     halved = trainer("halved")
     halved.run(until=2)

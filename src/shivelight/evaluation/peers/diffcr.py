@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from shivelight.evaluation.peers.ground import Ground, Passes, Plan, blocks_run, run_gathered
-from shivelight.evaluation.peers.trained import TrainedGates
+from shivelight.evaluation.peers.trained import TrainedGates, scores_of
 from shivelight.execution.call import BlockCall
 from shivelight.execution.tokens import gather_tokens, write_back
 from shivelight.routing import top_k_indices
@@ -39,7 +39,7 @@ class DiffcrGates(TrainedGates):
         target: mean ratio of tokens that run.
 
     Attributes:
-        ratios: [L, R], in [1 / BINS, 1].
+        ratios: [L, R]; what runs is within [1 / BINS, 1].
     """
 
     method = METHOD
@@ -56,18 +56,19 @@ class DiffcrGates(TrainedGates):
         """The backbone with this in force."""
         passes = Passes(ground)
         run = self._between_bins if self.training else self._at_nearest
-        return blocks_run(ground, {i: partial(run, passes, i) for i in range(len(self.routers))}, passes)
+        runs = {i: self.noting(i, partial(run, passes, i)) for i in range(len(self.routers))}
+        return blocks_run(ground, runs, passes)
 
     def bound(self) -> tuple[Tensor, Tensor]:
         """(the loss that holds the target, the mean ratio)."""
-        mean = self.ratios.clamp(1 / BINS, 1.0).mean()
+        mean = _within(self.ratios).mean()
         return (mean - self.target).square(), mean.detach()
 
-    def plan(self, ground: Ground) -> Plan | None:
-        """Planned share of the blocks' FLOPs, as the scheduler of the ground sets its timesteps."""
+    def plan(self, ground: Ground, generate: Callable[[], None]) -> Plan:
+        """As the timesteps of a generation say."""
 
         def plan(shape: tuple[int, int]) -> float:
-            ground.generate()  # sets the timesteps
+            generate()
             times = ground.pipe.scheduler.timesteps.tolist()
             dense = sum(cost.flops(*shape) for cost in ground.costs)
             kept = [
@@ -89,7 +90,7 @@ class DiffcrGates(TrainedGates):
     ) -> tuple[Tensor, Tensor | None]:
         steps, step = passes.context.steps, passes.context.step
         assert steps is not None
-        scores = self.routers[index](call.image.float())[..., 0]
+        scores = scores_of(self.routers[index], call.image)[..., 0]
         return _run_top(module, call, forward, scores, self.kept(index, steps[step], call.image.shape[1]))
 
     def _between_bins(
@@ -97,8 +98,8 @@ class DiffcrGates(TrainedGates):
     ) -> tuple[Tensor, Tensor | None]:
         time, tokens = passes.context.timestep, call.image.shape[1]
         assert time is not None
-        scores = self.routers[index](call.image.float())[..., 0]
-        ratio = self.ratios[index, region(float(time.reshape(-1)[0]))].clamp(1 / BINS, 1.0)
+        scores = scores_of(self.routers[index], call.image)[..., 0]
+        ratio = _within(self.ratios[index, region(float(time.reshape(-1)[0]))])
         low = min(int(float(ratio) * BINS + 1e-6), BINS - 1)
         share = ratio * BINS - low
         fewer, more = (
@@ -117,6 +118,11 @@ def region(time: float) -> int:
     (0, 0, 1, 9)
     """
     return min(REGIONS - 1, int(time / 1000 * REGIONS))
+
+
+def _within(ratios: Tensor) -> Tensor:
+    """Ratios that run, with the gradient of those that are learned: one that has left the range may come back."""
+    return ratios + (ratios.clamp(1 / BINS, 1.0) - ratios).detach()
 
 
 def _router(width: int, index: int) -> nn.Linear:

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.bare import BareLoop
 from shivelight.evaluation.comparison import OperatingPoint
-from shivelight.evaluation.peers.ground import Ground, Passes, Where, blocks_run, generator
+from shivelight.evaluation.peers.ground import Ground, Passes, Plan, Where, blocks_run, generator
 from shivelight.evaluation.peers.slicing import COLUMNS, Sliced, Units, attentions, layer_of, mlp_name, obstacle
-from shivelight.evaluation.peers.trained import TrainedGates
+from shivelight.evaluation.peers.trained import TrainedGates, scores_of
 from shivelight.execution.call import BlockCall
 from shivelight.execution.width import OwnForward, call_narrow, masked_channels, resized
 from shivelight.routing.ratio_policy import timestep_sinusoids
@@ -175,6 +175,8 @@ class DyditGates(TrainedGates):
         self.tokens = nn.ModuleList(_router(width, 1) for _ in self._sliced)
         self.mean = BudgetLoss()
         self._saved: list[Tensor] = []
+        self._spent: list[float] = []
+        self._bypasses: dict[int, _Bypass] = {}
         self._chosen: dict[tuple[int, float], tuple[Units, Units]] = {}
 
     @contextmanager
@@ -182,12 +184,33 @@ class DyditGates(TrainedGates):
         """The backbone with this in force."""
         passes = Passes(ground)
         run = self._run_masked if self.training else self._run_sliced
-        with blocks_run(ground, {i: partial(run, ground, passes, i) for i in range(len(self._sliced))}, passes):
-            for (kind, block), router in zip(ground.blocks, self.tokens, strict=True):
+        runs = {i: self.noting(i, partial(run, ground, passes, i)) for i in range(len(self._sliced))}
+        with blocks_run(ground, runs, passes):
+            for index, (kind, block) in enumerate(ground.blocks):
                 if not self.training:
                     mlp = block.get_submodule(mlp_name(kind))
-                    HookRegistry.check_if_exists_or_initialize(mlp).register_hook(_Bypass(router), _TOKENS)
+                    bypass = self._bypasses[index] = _Bypass(self.tokens[index])
+                    HookRegistry.check_if_exists_or_initialize(mlp).register_hook(bypass, _TOKENS)
             yield
+
+    def train(self, mode: bool = True) -> DyditGates:
+        """Also forget, where the mode changes, what was open, and the slices of weights."""
+        if mode != self.training:
+            self._chosen.clear()
+            for own in self._sliced:
+                own.forget()
+        super().train(mode)
+        return self
+
+    def plan(self, ground: Ground, generate: Callable[[], None]) -> Plan:
+        """As one generation of one caption spends: how many tokens enter hangs on data."""
+
+        def plan(shape: tuple[int, int]) -> float:
+            self._spent = []
+            generate()
+            return sum(self._spent) * len(ground.costs) / len(self._spent)
+
+        return plan
 
     def bound(self) -> tuple[Tensor, Tensor]:
         """Of the last pass: (the loss that holds the target, the share of the FLOPs)."""
@@ -209,7 +232,9 @@ class DyditGates(TrainedGates):
         if index == 0:
             self._saved = []
         time = _time(passes)
-        heads, groups = (self._hard(routers[index](time), keep_one=True) for routers in (self.heads, self.groups))
+        heads, groups = (
+            self._hard(scores_of(routers[index], time), keep_one=True) for routers in (self.heads, self.groups)
+        )
         entering: list[Tensor] = []
 
         def read(attention: Any) -> Callable[..., Any]:
@@ -221,7 +246,7 @@ class DyditGates(TrainedGates):
             return before
 
         def enter(layer: nn.Module, args: tuple) -> None:
-            entering[:] = [self._hard(self.tokens[index](args[0].float()))]
+            entering[:] = [self._hard(scores_of(self.tokens[index], args[0]))]
 
         def leave(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
             return output * entering[0].to(output.dtype)
@@ -254,7 +279,7 @@ class DyditGates(TrainedGates):
         soft = torch.sigmoid(logits + uniform.log() - (-uniform).log1p())
         opened = soft > 0.5
         if keep_one:
-            opened = opened | (logits == logits.max())
+            opened = opened | _likeliest(logits)
         return opened.float() + soft - soft.detach()
 
     def _run_sliced(
@@ -271,11 +296,19 @@ class DyditGates(TrainedGates):
         key = index, passes.context.steps[passes.context.step]
         if key not in self._chosen:
             # Read from the device once for each timestep, as the paper does before it is deployed.
-            heads, groups = (_units_open(routers[index](_time(passes))) for routers in (self.heads, self.groups))
+            heads, groups = (
+                _units_open(scores_of(routers[index], _time(passes))) for routers in (self.heads, self.groups)
+            )
             self._chosen[key] = heads, groups
         sizes, slices = self._sliced[index].at(*self._chosen[key])
         with resized(module, sizes):
-            return call.split(call_narrow(OwnForward(module, forward), slices, **call.arguments))
+            result = call.split(call_narrow(OwnForward(module, forward), slices, **call.arguments))
+        shape, own = (call.image.shape[1], call.text_tokens), self._sliced[index]
+        heads, groups = (len(units) / own.heads for units in self._chosen[key])
+        dense = sum(cost.flops(*shape) for cost in ground.costs)
+        saved = own.saved(ground.costs[index], heads, groups * self._bypasses[index].share, *shape)
+        self._spent.append((ground.costs[index].flops(*shape) - saved) / dense)
+        return result
 
 
 class _Bypass(ModelHook):
@@ -283,18 +316,21 @@ class _Bypass(ModelHook):
 
     def __init__(self, router: nn.Module) -> None:
         super().__init__()
-        self.router = router
+        self.router, self.share = router, 1.0
 
     def new_forward(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [B, N, D] -> [B, N, D]."""
-        return _on_rows(self.fn_ref.original_forward, x, (self.router(x.float()) > 0).flatten())
+        enters = (scores_of(self.router, x) > 0).flatten()
+        self.share = float(enters.float().mean())
+        return _on_rows(self.fn_ref.original_forward, x, enters)
 
 
 def _time(passes: Passes) -> Tensor:
     """The embedding of a pass's timestep, which all its samples share."""
     time = passes.context.timestep
     assert time is not None
-    return timestep_sinusoids(time.reshape(-1)[:1].float(), _TIME)[0]
+    # Of length one or less, so that a step of the optimiser moves a logit by little.
+    return timestep_sinusoids(time.reshape(-1)[:1].float(), _TIME)[0] / _TIME**0.5
 
 
 def _router(inputs: int, outputs: int) -> nn.Linear:
@@ -304,9 +340,14 @@ def _router(inputs: int, outputs: int) -> nn.Linear:
     return router
 
 
+def _likeliest(logits: Tensor) -> Tensor:
+    """[U] bool, true in one place alone."""
+    return torch.arange(len(logits), device=logits.device) == logits.argmax()
+
+
 def _units_open(logits: Tensor) -> Units:
     """Which units [U] are open without noise; the likeliest at least."""
-    opened = (logits > 0) | (logits == logits.max())
+    opened = (logits > 0) | _likeliest(logits)
     return tuple(opened.nonzero()[:, 0].tolist())
 
 

@@ -48,6 +48,8 @@ def obstacle(kind: BlockSpec, block: nn.Module) -> str:
         return f"the MLP of {name} does not stand alone"
     if kind.streams.linear_attention or "" in kind.streams.joint_attention:
         return f"the attention of {name} cannot be sliced by heads"
+    if len({getattr(attention, "heads", None) for attention in attentions(kind, block).values()}) > 1:
+        return f"the attentions of {name} have different numbers of heads"
     for attention in attentions(kind, block).values():
         inner = {
             getattr(layer, "out_features", None)
@@ -88,6 +90,10 @@ class Sliced:
                 if inside and any(fnmatchcase(name, pattern) for pattern in patterns):
                     self._weights[stream] += layer.weight.numel()
         self._known: dict[tuple[Units, Units], tuple[dict[str, int], dict[str, Tensor]]] = {}
+
+    def forget(self) -> None:
+        """Drop the slices: they are made again from the weights as they are then."""
+        self._known.clear()
 
     def at(self, heads: Units, groups: Units) -> tuple[dict[str, int], dict[str, Tensor]]:
         """(attributes, parameters) by name relative to the block, in the place of its own, where these run alone."""

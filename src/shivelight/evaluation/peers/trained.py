@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from shivelight.adapter_files import read_deltas
 from shivelight.errors import ShivelightError
 from shivelight.evaluation.comparison import Comparison, OperatingPoint
-from shivelight.evaluation.peers.ground import Ground, Plan
+from shivelight.evaluation.peers.ground import BlockForward, Ground, Plan
+from shivelight.execution.call import BlockCall
 from shivelight.files import replacing
 
 WEIGHTS, SETTINGS = "gates.safetensors", "peer.json"
@@ -37,6 +38,8 @@ class TrainedGates(nn.Module, ABC):
         rate: the learning rate of `TrainingConfig` that they have.
         weight: of the bound beside the other losses.
         generator: of the noise of training, on the CPU; torch's own if None.
+        features_at: blocks whose outputs are kept.
+        features: those of the last pass, per block [B, N, D].
     """
 
     method: ClassVar[str]
@@ -49,6 +52,8 @@ class TrainedGates(nn.Module, ABC):
             raise ShivelightError(f"The target of {self.method} is {target}; give a share in (0, 1].")
         self.target = target
         self.generator: torch.Generator | None = None
+        self.features_at: tuple[int, ...] = ()
+        self.features: dict[int, Tensor] = {}
 
     @abstractmethod
     def state(self, ground: Ground) -> AbstractContextManager[Any]:
@@ -58,9 +63,27 @@ class TrainedGates(nn.Module, ABC):
     def bound(self) -> tuple[Tensor, Tensor]:
         """Of the last pass: (the loss that holds the target, the share that is held to it)."""
 
-    def plan(self, ground: Ground) -> Plan | None:
-        """Planned share of the blocks' FLOPs, where it is known in advance."""
-        return None
+    @abstractmethod
+    def plan(self, ground: Ground, generate: Callable[[], None]) -> Plan:
+        """Share of the blocks' FLOPs; `generate` draws one sample with this in force, which tells timesteps, and what hangs on
+        data."""
+
+    def noting(self, index: int, run: BlockForward) -> BlockForward:
+        """A block's run, whose output is kept where it is compared."""
+
+        def noted(module: nn.Module, call: BlockCall, forward: Callable[..., Any]) -> tuple[Tensor, Tensor | None]:
+            image, text = run(module, call, forward)
+            if index in self.features_at:
+                self.features[index] = image
+            return image, text
+
+        return noted
+
+
+def scores_of(router: nn.Module, x: Tensor) -> Tensor:
+    """What a router says of x [..., D], in fp32 under autocast too: of bf16 scores many are equal."""
+    with torch.autocast(x.device.type, enabled=False):
+        return router(x.float())
 
 
 def save_gates(gates: TrainedGates, folder: Path) -> None:
@@ -103,4 +126,8 @@ def trained_point(
         with tuned.state(), gates.state(ground):
             yield
 
-    return ground.point(gates.method, {"target": gates.target}, state, gates.plan(ground))
+    def generate() -> None:
+        with state():
+            ground.generate()
+
+    return ground.point(gates.method, {"target": gates.target}, state, gates.plan(ground, generate))

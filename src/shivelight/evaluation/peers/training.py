@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from shivelight.config import DeltaConfig, RoutingConfig
+from shivelight.errors import TrainingError
 from shivelight.evaluation.comparison import Comparison, Setting
-from shivelight.evaluation.peers.ground import Ground
+from shivelight.evaluation.peers.ground import Ground, blocks_run
+from shivelight.evaluation.peers.ground import Passes as Followed
 from shivelight.evaluation.peers.trained import TrainedGates, save_gates
+from shivelight.execution.call import BlockCall
 from shivelight.training.cache import LatentCache
 from shivelight.training.draws import Draw
 from shivelight.training.lessons import Lessons
+from shivelight.training.losses import BudgetLoss
 from shivelight.training.passes import Batch, Passes
+from shivelight.training.session import TeacherRecord
 from shivelight.training.stages import StageName, TrainingConfig
 from shivelight.training.trainer import Trainer
 
@@ -45,10 +52,15 @@ class PeerTrainer(Trainer):
         out: Path,
         accelerator: Accelerator | None = None,
     ) -> None:
+        if config.preview_every:
+            raise TrainingError("Previews of a peer would be drawn without its gates: give preview_every=0.")
         self.gates: TrainedGates | None = None
         super().__init__(pipe, RoutingConfig(None, deltas=deltas), config, cache, out, accelerator)
         self.ground = Ground(Comparison(pipe, Setting()))
         self.gates = kind(self.ground, target).to(self.accelerator.device)
+        for module in self.gates.modules():
+            if isinstance(module, BudgetLoss):
+                module.reduce = self.accelerator.reduce
         self.passes = _GatedPasses(self.ground, self.gates, self.passes)
         self.lessons = _BoundLessons(self.gates, self.passes, self.lessons)
         rate = getattr(config, kind.rate)
@@ -88,12 +100,27 @@ class _GatedPasses(Passes):
         )
         self.ground, self.gates = ground, gates
 
+    @torch.no_grad()
+    def teacher(self, batch: Batch, observer: Any) -> Tensor:
+        """The dense model's output, and those of the blocks that are compared."""
+        runs = {index: self.gates.noting(index, _whole) for index in self.gates.features_at}
+        with blocks_run(self.ground, runs, Followed(self.ground)):
+            wanted = super().teacher(batch, observer)
+        observer.features = dict(self.gates.features)
+        return wanted
+
     def predict(self, batch: Batch) -> Tensor:
         """The backbone's prediction; the teacher's is without gates, as it is without routing."""
         if not self.routed.enabled:
             return super().predict(batch)
+        if self.backbone.training and getattr(self.backbone, "is_gradient_checkpointing", False):
+            raise TrainingError("Gradient checkpointing would run the blocks again without the gates: switch it off.")
         with self.gates.state(self.ground):
             return super().predict(batch)
+
+
+def _whole(module: nn.Module, call: BlockCall, forward: Callable[..., Any]) -> tuple[Tensor, Tensor | None]:
+    return call.split(forward(**call.arguments))
 
 
 class _BoundLessons(Lessons):
@@ -102,6 +129,14 @@ class _BoundLessons(Lessons):
     def __init__(self, gates: TrainedGates, passes: Passes, plain: Lessons) -> None:
         super().__init__(plain.config, plain.routed, passes, plain.draws, plain.loss, plain.accelerator)
         self.gates = gates
+        # Those that our own adapters compare; a dense student has none.
+        every, blocks = plain.config.feature_every, len(plain.routed.planner.costs)
+        self.features_at = gates.features_at = tuple(sorted({*range(every - 1, blocks, every), blocks - 1}))
+
+    def _missed(
+        self, batch: Batch, teacher: TeacherRecord, wanted: Tensor, prediction: Tensor, features: dict[int, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return super()._missed(batch, teacher, wanted, prediction, self.gates.features)
 
     def micro_batch(self, stage: StageName, draw: Draw, step: int, fit: bool = False) -> dict[str, Tensor]:
         """Also the share that is held."""
