@@ -189,16 +189,19 @@ def rows_of(closed: str, gains: Gains, args: argparse.Namespace) -> list[dict[st
 
 
 def main() -> None:
-    """Run what is missing, writing the JSON after every piece."""
+    """Measure both meanings of closed gates; rows of training that are there stay, with what made them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=4, help="at each of three timesteps, on either set of pictures")
-    parser.add_argument("--samples", type=int, default=8, help="of a batch")
+    parser.add_argument("--batches", type=int, default=8, help="at each of three timesteps, on either set of pictures")
+    parser.add_argument("--samples", type=int, default=4, help="of a batch")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     common.quiet_libraries()
     results = new_results(device=common.DEFAULT_DEVICE, open=OPEN)
     if args.out.exists():
-        results["rows"] = [row for row in read_results(args.out)["rows"] if row["check"].startswith("training")]
+        earlier = read_results(args.out)
+        results["rows"] = [row for row in earlier["rows"] if row["check"].startswith("training")]
+        made = {name: earlier[name] for name in ("command", "commit", "machine")}
+        results["training"] = earlier.get("training", made)
     with tempfile.TemporaryDirectory() as scratch:
         pipe, count = embedded.load_pipeline(common.DEFAULT_DEVICE), args.batches * args.samples
         caches = (

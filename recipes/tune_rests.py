@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--device", default=common.DEFAULT_DEVICE)
     args = parser.parse_args()
     common.quiet_libraries()
+    if missing := sorted({str(stage.fitted) for stage in STAGES.values() if not stage.fitted.is_dir()}):
+        parser.error(f"there is no {', no '.join(missing)}: run recipes/fit_rests.py first")
     captions = [str(caption) for caption in EmojiData().captions("train")]
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(1)).tolist()
     pipe = embedded.load_few_step(args.device)

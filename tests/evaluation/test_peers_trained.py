@@ -21,10 +21,10 @@ from shivelight.config import DeltaConfig
 from shivelight.evaluation.bare import BareLoop
 from shivelight.evaluation.peers import TRAINED, trained_point
 from shivelight.evaluation.peers.diffcr import BINS, REGIONS, DiffcrGates, region
-from shivelight.evaluation.peers.dydit import DyditGates
-from shivelight.evaluation.peers.ground import Ground
+from shivelight.evaluation.peers.dydit import DyditGates, _units_open
+from shivelight.evaluation.peers.ground import Ground, generator
 from shivelight.evaluation.peers.slicing import members
-from shivelight.evaluation.peers.trained import SETTINGS, WEIGHTS, TrainedGates, save_gates
+from shivelight.evaluation.peers.trained import SETTINGS, WEIGHTS, TrainedGates, save_gates, scores_of
 from shivelight.evaluation.peers.training import PeerTrainer
 from shivelight.training.cache import LatentCache
 from shivelight.training.session import TeacherRecord
@@ -259,13 +259,45 @@ def test_the_teacher_has_no_gates(method: str, pipe: Any, cache: LatentCache, tm
     config = TrainingConfig(router_steps=0, policy_steps=0, joint_steps=2, groups=1, group_size=2)
     trainer = PeerTrainer(pipe, TRAINED[method], 0.5, DeltaConfig(2, 2.0), config, cache, tmp_path / "run")
     batch = trainer.passes.batch(trainer.draws.at(0)[0])
-    taught, learned = [], []
+    taught, learned, compared = [], [], []
+    last = trainer.gates.features_at[-1]
     for seed in (0, 1):
         decided(trainer.gates, seed)
-        taught.append(trainer.passes.teacher(batch, TeacherRecord(())))
+        record = TeacherRecord(())
+        taught.append(trainer.passes.teacher(batch, record))
         learned.append(trainer.passes.predict(batch))
+        compared.append((record.features[last], trainer.gates.features[last]))
     assert torch.equal(*taught) and not torch.allclose(*learned, atol=1e-3)
+    (theirs, ours), (again, others) = compared
+    assert torch.equal(theirs, again) and not any(torch.allclose(theirs, mine, atol=1e-3) for mine in (ours, others))
+    trainer.backbone.enable_gradient_checkpointing()
+    trainer.backbone.train()
+    with pytest.raises(sl.ShivelightError, match="Gradient checkpointing would run the blocks again"):
+        trainer.passes.predict(batch)
     trainer.close()
+
+
+def test_routers_rank_in_full_precision_under_autocast_and_one_unit_alone_is_kept() -> None:
+    x, router = torch.randn(1, 256, 32, generator=generator(0)), torch.nn.Linear(32, 1)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = scores_of(router, x)
+    assert scores.dtype == torch.float32 and len(scores.unique()) == 256
+    assert _units_open(torch.full((4,), -1.0)) == (0,) and _units_open(torch.tensor([-1.0, 2.0, 3.0])) == (1, 2)
+
+
+def test_a_ratio_that_left_the_range_comes_back() -> None:
+    gates = DiffcrGates(Ground(bare("sd3")), 0.5)
+    with torch.no_grad():
+        gates.ratios.fill_(1.3)
+    loss, mean = gates.bound()
+    loss.backward()
+    assert float(mean) == pytest.approx(1.0) and (gates.ratios.grad > 0).all()
+
+
+def test_a_run_with_previews_is_refused(pipe: Any, cache: LatentCache, tmp_path: Path) -> None:
+    config = TrainingConfig(router_steps=0, policy_steps=0, joint_steps=2, preview_every=1)
+    with pytest.raises(sl.ShivelightError, match="without its gates"):
+        PeerTrainer(pipe, DiffcrGates, 0.5, DeltaConfig(2, 2.0), config, cache, tmp_path / "run")
 
 
 def test_the_bound_is_in_the_loss(pipe: Any, cache: LatentCache, tmp_path: Path) -> None:
