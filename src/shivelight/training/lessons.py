@@ -24,6 +24,11 @@ from shivelight.training.session import BlockSession, TeacherRecord, TokenSessio
 from shivelight.training.stages import StageName, TrainingConfig
 
 
+def compared_blocks(config: TrainingConfig, blocks: int) -> tuple[int, ...]:
+    """Which of so many blocks' outputs are compared with the teacher's: every so-manieth, and the last."""
+    return tuple(sorted({*range(config.feature_every - 1, blocks, config.feature_every), blocks - 1}))
+
+
 class Lessons:
     """The losses of micro-batches, and what is carried on from one to the next.
 
@@ -51,9 +56,8 @@ class Lessons:
         self.curvature: Curvature | None = None
         if config.estimator == "residual-2" and routed.config.tokens is not None:
             self.curvature = Curvature(routed.routed, accelerator.reduce).to(accelerator.device)
-        blocks = len(routed.planner.costs)
-        chosen = {*range(config.feature_every - 1, blocks, config.feature_every), blocks - 1}
-        self.features_at = tuple(sorted(chosen & set(routed.routed)))
+        chosen = compared_blocks(config, len(routed.planner.costs))
+        self.features_at = tuple(block for block in chosen if block in routed.routed)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it."""

@@ -138,13 +138,13 @@ class _TokenGate(ModelHook):
         if key not in self.thresholds:
             kept = x.shape[0] * _kept(x.shape[1], self.skip)
             self.thresholds[key] = scores.sort(descending=True).values[kept - 1]
-        return _on_rows(self.fn_ref.original_forward, x, scores >= self.thresholds[key])
+        return _on_rows(self.fn_ref.original_forward, x, scores >= self.thresholds[key])[0]
 
 
-def _on_rows(mlp: Callable[..., Tensor], x: Tensor, enters: Tensor) -> Tensor:
-    """What an MLP makes of the tokens of x [B, N, D] that enter it [B * N]; nothing of the others."""
+def _on_rows(mlp: Callable[..., Tensor], x: Tensor, enters: Tensor) -> tuple[Tensor, float]:
+    """(what an MLP makes of the tokens of x [B, N, D] that enter it [B * N], and nothing of the others; their share)."""
     rows, flat = enters.nonzero()[:, 0], x.flatten(0, 1)
-    return torch.zeros_like(flat).index_copy_(0, rows, mlp(flat[rows])).view_as(x)
+    return torch.zeros_like(flat).index_copy_(0, rows, mlp(flat[rows])).view_as(x), len(rows) / len(flat)
 
 
 def _refuse_unsliced(ground: Ground) -> None:
@@ -163,7 +163,7 @@ class DyditGates(TrainedGates):
 
     method = METHOD
     rate = "lr_gates"
-    weight = 20.0  # at 1, what noise closes weighs more: after 150 steps 0.9 of the FLOPs ran where 0.7 were wanted
+    weight = 20.0  # at 1, what it costs that noise closes gates weighs more, and the target is not come to
 
     def __init__(self, ground: Ground, target: float) -> None:
         super().__init__(ground, target)
@@ -175,7 +175,7 @@ class DyditGates(TrainedGates):
         self.tokens = nn.ModuleList(_router(width, 1) for _ in self._sliced)
         self.mean = BudgetLoss()
         self._saved: list[Tensor] = []
-        self._spent: list[float] = []
+        self._spent: list[float] | None = None  # while a plan is being made
         self._bypasses: dict[int, _Bypass] = {}
         self._chosen: dict[tuple[int, float], tuple[Units, Units]] = {}
 
@@ -206,9 +206,12 @@ class DyditGates(TrainedGates):
         """As one generation of one caption spends: how many tokens enter hangs on data."""
 
         def plan(shape: tuple[int, int]) -> float:
-            self._spent = []
-            generate()
-            return sum(self._spent) * len(ground.costs) / len(self._spent)
+            spent = self._spent = []
+            try:
+                generate()
+            finally:
+                self._spent = None
+            return sum(spent) * len(ground.costs) / len(spent)
 
         return plan
 
@@ -303,6 +306,8 @@ class DyditGates(TrainedGates):
         sizes, slices = self._sliced[index].at(*self._chosen[key])
         with resized(module, sizes):
             result = call.split(call_narrow(OwnForward(module, forward), slices, **call.arguments))
+        if self._spent is None:
+            return result
         shape, own = (call.image.shape[1], call.text_tokens), self._sliced[index]
         heads, groups = (len(units) / own.heads for units in self._chosen[key])
         dense = sum(cost.flops(*shape) for cost in ground.costs)
@@ -320,9 +325,8 @@ class _Bypass(ModelHook):
 
     def new_forward(self, module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [B, N, D] -> [B, N, D]."""
-        enters = (scores_of(self.router, x) > 0).flatten()
-        self.share = float(enters.float().mean())
-        return _on_rows(self.fn_ref.original_forward, x, enters)
+        result, self.share = _on_rows(self.fn_ref.original_forward, x, (scores_of(self.router, x) > 0).flatten())
+        return result
 
 
 def _time(passes: Passes) -> Tensor:

@@ -19,7 +19,7 @@ from shivelight.evaluation.peers.trained import TrainedGates, save_gates
 from shivelight.execution.call import BlockCall
 from shivelight.training.cache import LatentCache
 from shivelight.training.draws import Draw
-from shivelight.training.lessons import Lessons
+from shivelight.training.lessons import Lessons, compared_blocks
 from shivelight.training.losses import BudgetLoss
 from shivelight.training.passes import Batch, Passes
 from shivelight.training.session import TeacherRecord
@@ -129,9 +129,8 @@ class _BoundLessons(Lessons):
     def __init__(self, gates: TrainedGates, passes: Passes, plain: Lessons) -> None:
         super().__init__(plain.config, plain.routed, passes, plain.draws, plain.loss, plain.accelerator)
         self.gates = gates
-        # Those that our own adapters compare; a dense student has none.
-        every, blocks = plain.config.feature_every, len(plain.routed.planner.costs)
-        self.features_at = gates.features_at = tuple(sorted({*range(every - 1, blocks, every), blocks - 1}))
+        # A dense student has no routed blocks, of which our own adapters compare these.
+        self.features_at = gates.features_at = compared_blocks(plain.config, len(plain.routed.planner.costs))
 
     def _missed(
         self, batch: Batch, teacher: TeacherRecord, wanted: Tensor, prediction: Tensor, features: dict[int, Tensor]
